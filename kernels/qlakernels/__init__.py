@@ -1,0 +1,11 @@
+"""qlakernels: the operators of hybrid linear-attention models.
+
+Stands alone: it knows tensors and nothing of training. `chunk_gated_delta_rule` is the one public function of the
+gated delta rule; which implementation runs is decided in `backends` and said once through the `qlakernels` logger.
+"""
+
+from qlakernels.gated_delta_rule import chunk_gated_delta_rule
+from qlakernels.norm import rms_norm_gated
+from qlakernels.short_conv import causal_conv1d
+
+__all__ = ["causal_conv1d", "chunk_gated_delta_rule", "rms_norm_gated"]

@@ -1,0 +1,105 @@
+"""Which implementation runs, and why, said aloud.
+
+An operator registers its backends in order of preference. `select` takes the first that can run the call, or the
+one that was asked for, and logs one line per distinct decision. There is no silent fallback: a backend that was
+asked for by name and cannot run raises.
+"""
+
+import difflib
+import importlib.metadata
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+logger = logging.getLogger("qlakernels")
+
+
+@dataclass(frozen=True)
+class Call:
+    """What decides whether a backend can run: shapes, dtypes and options, never the values of tensors."""
+
+    device: torch.device
+    dtype: torch.dtype
+    key_dim: int
+    value_dim: int
+    options: frozenset[str] = frozenset()  # names of the in-operator options that are switched on
+    needs_grad: bool = False
+
+
+@dataclass(frozen=True)
+class Backend:
+    """`refuses(call)` returns None when this backend can run the call, otherwise the reason in a few words."""
+
+    name: str
+    refuses: Callable[[Call], str | None]
+    run: Callable
+
+
+_registry: dict[str, dict[str, Backend]] = {}
+_decided: dict[tuple, str] = {}
+_said: set[str] = set()
+
+
+def register(operator: str, backend: Backend) -> None:
+    """Adds `backend` behind those that `operator` has: the order of registration is the order of preference."""
+    _registry.setdefault(operator, {})[backend.name] = backend
+
+
+def backend_names(operator: str) -> list[str]:
+    return list(_registry[operator])
+
+
+def select(operator: str, name: str, call: Call) -> Backend:
+    """The backend that runs `call`.
+
+    Raises:
+        ValueError: `name` is not a backend of `operator`, or it was asked for and cannot run this call.
+    """
+    backends = _registry[operator]
+    key = (operator, name, call)
+    if key in _decided:
+        return backends[_decided[key]]
+    if name != "auto" and name not in backends:
+        near = difflib.get_close_matches(name, ["auto", *backends], n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"backend={name!r} is not a backend of {operator}: use auto, {', '.join(backends)}{hint}")
+    if name != "auto":
+        reason = backends[name].refuses(call)
+        if reason is not None:
+            raise ValueError(f"backend={name!r} of {operator} cannot run here: {reason}; use backend='auto'")
+        chosen, why = name, "asked for"
+    else:
+        refusals = {}
+        for chosen, backend in backends.items():
+            reason = backend.refuses(call)
+            if reason is None:
+                break
+            refusals[chosen] = reason
+        else:
+            raise ValueError(f"no backend of {operator} can run this call: {_listed(refusals)}")
+        why = f"not {_listed(refusals)}" if refusals else "first choice"
+    line = f"{operator}: backend {chosen} on {call.device.type} ({why})"
+    if line not in _said:
+        _said.add(line)
+        logger.info(line)
+    _decided[key] = chosen
+    return backends[chosen]
+
+
+def decisions() -> list[str]:
+    """Every line said so far, for the record of a run."""
+    return sorted(_said)
+
+
+def _listed(refusals: dict[str, str]) -> str:
+    return "; ".join(f"{name}: {reason}" for name, reason in refusals.items())
+
+
+def installed(distribution: str) -> str | None:
+    """The installed version of a distribution, or None."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,69 @@
+"""`causal_conv1d`: a causal depthwise convolution with SiLU over packed or dense tokens, channels last."""
+
+import torch
+import torch.nn.functional as F
+
+from qlakernels.backends import Backend, Call, register, select
+from qlakernels.checks import check_cu_seqlens
+
+OPERATOR = "causal_conv1d"
+
+
+def causal_conv1d(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    position_ids: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    activation: str | None = "silu",
+    backend: str = "auto",
+) -> torch.Tensor:
+    """y_t = act(Σ_s weight[:, W−1−s] ∘ x_{t−s}), s = 0 … W−1, with zeros before the start of each document.
+
+    Args:
+        x: [B, T, D]; the channels are contiguous, so a projection's output is read as it is.
+        weight: [D, W], one filter for each channel; the last tap meets the token itself.
+        position_ids: int [B, T], the position of each token in its document. A tap that would reach in front of the
+            document is dropped. May be left out for a dense batch.
+        cu_seqlens: int [N+1], document boundaries; read only when position_ids is not given.
+        activation: "silu" or None.
+
+    Returns:
+        [B, T, D] in x's dtype.
+
+    Raises:
+        ValueError: naming the argument that does not fit.
+    """
+    if x.dim() != 3 or weight.dim() != 2 or x.shape[-1] != weight.shape[0]:
+        raise ValueError(f"x has shape {list(x.shape)}, weight {list(weight.shape)}: give [B, T, D] and [D, W]")
+    if activation not in ("silu", None):
+        raise ValueError(f"activation={activation!r}: give 'silu' or None")
+    if position_ids is None and cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, None, x.shape[0], x.shape[1])
+        position_ids = positions_in_documents(cu_seqlens, x.shape[1])
+    if position_ids is not None and position_ids.shape != x.shape[:2]:
+        raise ValueError(f"position_ids has shape {list(position_ids.shape)}: give [B, T] = {list(x.shape[:2])}")
+    call = Call(torch.device(x.device.type), x.dtype, x.shape[-1], x.shape[-1])
+    return select(OPERATOR, backend, call).run(x, weight, position_ids, activation)
+
+
+def positions_in_documents(cu_seqlens: torch.Tensor, tokens: int) -> torch.Tensor:
+    """[N+1] → [1, tokens]: distance of each token to the start of its document, computed where cu_seqlens lies."""
+    index = torch.arange(tokens, device=cu_seqlens.device)
+    document = torch.searchsorted(cu_seqlens.long(), index, right=True) - 1
+    return (index - cu_seqlens.long()[document])[None]
+
+
+def _run_torch(x, weight, position_ids, activation):
+    """W shifted multiply-adds: no transposes, and exact boundaries."""
+    weight = weight.to(x.dtype)
+    width = weight.shape[1]
+    y = x * weight[:, -1]
+    for shift in range(1, min(width, x.shape[1])):
+        tap = x[:, :-shift] * weight[:, width - 1 - shift]
+        if position_ids is not None:
+            tap = tap.masked_fill((position_ids[:, shift:] < shift)[..., None], 0)
+        y = y + F.pad(tap, (0, 0, shift, 0))
+    return F.silu(y) if activation == "silu" else y
+
+
+register(OPERATOR, Backend("torch", lambda call: None, _run_torch))

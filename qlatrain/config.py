@@ -1,0 +1,295 @@
+"""The schema of every config group: typed dataclasses, checked before anything starts.
+
+`configs/*.yaml` fill these in; Hydra refuses a key or a type that is not here, and `validate` refuses
+combinations that cannot run. The groups are `model`, `data`, `optim`, `schedule`, `parallel`, `track`, `kernel`.
+"""
+
+import difflib
+from dataclasses import dataclass, field
+
+from omegaconf import MISSING
+
+LAYER_KINDS = ("gdn", "attn")
+
+
+@dataclass
+class RunConfig:
+    """Where a run lives."""
+
+    name: str = "pretrain"
+    dir: str = "runs/${run.name}"
+
+
+@dataclass
+class ModelConfig:
+    """A hybrid decoder. Field names are those of transformers' `Qwen3_5TextConfig` where it has them."""
+
+    name: str = MISSING
+    vocab_size: int = MISSING
+    hidden_size: int = MISSING
+    intermediate_size: int = MISSING
+    num_hidden_layers: int = MISSING
+    layer_pattern: list[str] = field(default_factory=lambda: ["gdn", "gdn", "gdn", "attn"])  # repeated to the depth
+    # gated full attention
+    num_attention_heads: int = MISSING
+    num_key_value_heads: int = MISSING
+    head_dim: int = MISSING
+    partial_rotary_factor: float = 0.25
+    rope_theta: float = 10_000_000.0
+    attention_bias: bool = False
+    # Gated DeltaNet
+    linear_num_key_heads: int = MISSING
+    linear_num_value_heads: int = MISSING
+    linear_key_head_dim: int = 128
+    linear_value_head_dim: int = 128
+    linear_conv_kernel_dim: int = 4
+    allow_neg_eigval: bool = False
+    # shared
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = True
+    max_position_embeddings: int = 32768
+
+    @property
+    def layer_kinds(self) -> list[str]:
+        """The mixer of every layer, from the first to the last: `layer_pattern` repeated to the depth."""
+        pattern = list(self.layer_pattern)
+        return [pattern[i % len(pattern)] for i in range(self.num_hidden_layers)]
+
+
+@dataclass
+class DataConfig:
+    """Documents, how they become tokens, and how tokens become rows."""
+
+    name: str = MISSING
+    source: str = "stdlib"  # stdlib | text | hf
+    files: list[str] = field(default_factory=list)  # text: paths or globs of .txt, .jsonl, .parquet
+    dataset: str | None = None  # hf: a `datasets` dataset, by name or local folder
+    dataset_config: str | None = None
+    split: str = "train"
+    streaming: bool = False
+    text_key: str = "text"  # the field of .jsonl, .parquet and hf rows that holds the document
+    tokenizer: str = "bytes"  # bytes, or any Hugging Face tokenizer by path or name
+    sequence_length: int = 512  # tokens a row
+    validation_fraction: float = 0.05  # of the documents
+    shuffle: bool = True
+    shuffle_block: int = 10_000  # streaming: documents shuffled together
+    workers: int = 2  # threads that read and tokenise ahead; 0 reads in step with training
+
+
+@dataclass
+class OptimConfig:
+    """AdamW for everything, or Muon for the matrices inside the blocks and AdamW for the rest."""
+
+    name: str = "adamw"  # adamw | muon
+    lr: float = 1e-3  # peak rate of AdamW
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # not on norms, biases, A_log, dt_bias and convolutions
+    muon_lr: float = 0.02
+    muon_momentum: float = 0.95
+    muon_weight_decay: float = 0.0
+
+
+@dataclass
+class ScheduleConfig:
+    """The factor on the peak rate: a linear warm-up, then a shape over the remaining steps."""
+
+    name: str = "cosine"  # cosine | wsd
+    warmup_steps: int = 20
+    final: float = 0.1  # of the peak rate, at the last step
+    decay_fraction: float = 0.2  # wsd: the part of the run, at its end, over which the rate falls
+
+
+@dataclass
+class ParallelConfig:
+    """How the model is laid over devices."""
+
+    layout: str = "data"  # single (one process) | data (a replica on each process)
+
+
+@dataclass
+class TrackConfig:
+    """What is reported where. `metrics.jsonl` and `loss.png` are always written."""
+
+    backend: str | None = None  # wandb
+    project: str = "qlatrain"
+    entity: str | None = None
+    tags: list[str] = field(default_factory=list)
+    log_every: int = 1  # steps between progress lines and metric rows
+
+
+@dataclass
+class KernelConfig:
+    """Which implementation each operator runs; `auto` takes the fastest that can run here and says why."""
+
+    gated_delta_rule: str = "auto"  # auto | tilelang | flash_qla | fla | torch
+
+
+@dataclass
+class TrainConfig:
+    steps: int = MISSING
+    seed: int = 0
+    global_batch_size: int = 16  # rows an optimizer step takes, over all processes
+    micro_batch_size: int = 16  # rows a process takes through the model at once
+    mixed_precision: str = "no"  # no | bf16
+    max_grad_norm: float = 1.0
+    compile: bool = False  # torch.compile each block
+    activation_checkpointing: bool = False  # keep only block inputs, recompute the rest in the backward
+    max_skipped_steps: int = 10  # non-finite gradients this many steps in a row end the run
+
+
+@dataclass
+class CheckpointConfig:
+    every: int = 100  # steps
+    keep: int = 2  # newest complete checkpoints kept
+
+
+@dataclass
+class ValidationConfig:
+    every: int = 100  # steps; 0: only at the end
+    rows: int = 64  # rows of held-out documents; all of them when there are fewer
+
+
+@dataclass
+class SampleConfig:
+    """Text the trained model writes at the end of a run."""
+
+    prompts: list[str] = field(default_factory=lambda: ["def ", "import ", "class "])
+    tokens: int = 200
+    temperature: float = 0.8
+
+
+@dataclass
+class PretrainConfig:
+    recipe: str = "pretrain"
+    resume: str = "auto"  # auto | never | path of a checkpoint
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)
+    kernel: KernelConfig = field(default_factory=KernelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+
+
+CHOICES = {
+    "data.source": ("stdlib", "text", "hf"),
+    "optim.name": ("adamw", "muon"),
+    "schedule.name": ("cosine", "wsd"),
+    "parallel.layout": ("single", "data"),
+    "track.backend": (None, "wandb"),
+    "kernel.gated_delta_rule": ("auto", "tilelang", "flash_qla", "fla", "torch"),
+    "train.mixed_precision": ("no", "bf16"),
+}
+AT_LEAST = {
+    "train.steps": 1,
+    "train.global_batch_size": 1,
+    "train.micro_batch_size": 1,
+    "train.max_skipped_steps": 1,
+    "data.sequence_length": 2,
+    "data.workers": 0,
+    "model.vocab_size": 1,
+    "model.hidden_size": 1,
+    "model.intermediate_size": 1,
+    "model.num_hidden_layers": 1,
+    "model.num_attention_heads": 1,
+    "model.num_key_value_heads": 1,
+    "model.linear_num_key_heads": 1,
+    "model.linear_num_value_heads": 1,
+    "model.linear_key_head_dim": 1,
+    "model.linear_value_head_dim": 1,
+    "model.linear_conv_kernel_dim": 1,
+    "schedule.warmup_steps": 0,
+    "checkpoint.every": 1,
+    "checkpoint.keep": 1,
+    "validation.every": 0,
+    "validation.rows": 1,
+    "track.log_every": 1,
+    "sample.tokens": 0,
+    "sample.temperature": 0,
+    "optim.lr": 0,
+    "optim.muon_lr": 0,
+}
+
+
+def nearest(value: object, options) -> str:
+    """`; did you mean X?` when one of the options is close to the value, else nothing."""
+    close = difflib.get_close_matches(str(value), [str(option) for option in options], n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def validate(config: PretrainConfig) -> None:
+    """Raises ValueError, one sentence naming the key, for values and combinations that cannot run."""
+    for key, options in CHOICES.items():
+        value = _value(config, key)
+        if value not in options:
+            accepted = ", ".join("null" if option is None else option for option in options)
+            raise ValueError(f"{key}={value} is not one of {accepted}{nearest(value, options)}")
+    for key, least in AT_LEAST.items():
+        if _value(config, key) < least:
+            raise ValueError(f"{key}={_value(config, key)} is below {least}, the least it can be")
+    _validate_model(config.model)
+    train, data = config.train, config.data
+    if train.global_batch_size % train.micro_batch_size:
+        raise ValueError(
+            f"train.global_batch_size={train.global_batch_size} is not a multiple of "
+            f"train.micro_batch_size={train.micro_batch_size}: change one of them"
+        )
+    if config.schedule.warmup_steps >= train.steps:
+        raise ValueError(
+            f"schedule.warmup_steps={config.schedule.warmup_steps} leaves nothing of train.steps={train.steps}: "
+            "make it smaller"
+        )
+    for key in ("schedule.final", "schedule.decay_fraction"):
+        if not 0 <= _value(config, key) <= 1:
+            raise ValueError(f"{key}={_value(config, key)} is not between 0 and 1")
+    if train.max_grad_norm <= 0:
+        raise ValueError(f"train.max_grad_norm={train.max_grad_norm} is not above 0; use inf not to clip")
+    if not 0 < data.validation_fraction < 1:
+        raise ValueError(
+            f"data.validation_fraction={data.validation_fraction} is not between 0 and 1: it is the part of the "
+            "documents that is held out"
+        )
+    if data.source == "text" and not data.files:
+        raise ValueError("data.source=text needs data.files: a list of paths or globs of .txt, .jsonl or .parquet")
+    if data.source == "hf" and not data.dataset:
+        raise ValueError("data.source=hf needs data.dataset: the name or the folder of a dataset")
+    if data.streaming and data.source != "hf":
+        raise ValueError(f"data.streaming=true needs data.source=hf, not {data.source}")
+
+
+def _validate_model(model: ModelConfig) -> None:
+    if not model.layer_pattern:
+        raise ValueError("model.layer_pattern is empty: give a list of gdn and attn")
+    for kind in model.layer_pattern:
+        if kind not in LAYER_KINDS:
+            raise ValueError(
+                f"model.layer_pattern holds {kind}, which is not one of {', '.join(LAYER_KINDS)}"
+                f"{nearest(kind, LAYER_KINDS)}"
+            )
+    for heads, groups in (
+        ("linear_num_value_heads", "linear_num_key_heads"),
+        ("num_attention_heads", "num_key_value_heads"),
+    ):
+        if getattr(model, heads) % getattr(model, groups):
+            raise ValueError(
+                f"model.{heads}={getattr(model, heads)} is not a multiple of model.{groups}={getattr(model, groups)}"
+            )
+    rotated = model.head_dim * model.partial_rotary_factor
+    if not 0 < model.partial_rotary_factor <= 1 or rotated != int(rotated) or int(rotated) % 2:
+        raise ValueError(
+            f"model.partial_rotary_factor={model.partial_rotary_factor} rotates {rotated:g} of "
+            f"model.head_dim={model.head_dim} dimensions: it must be an even number of them"
+        )
+
+
+def _value(config: PretrainConfig, key: str):
+    for name in key.split("."):
+        config = getattr(config, name)
+    return config

@@ -1,0 +1,196 @@
+"""Documents in the user's own files: .txt (one document a file), .jsonl (one a line), .parquet (one a row).
+
+Nothing is held in memory but where each document begins: a jsonl line is found by its byte offset, and parquet
+is converted once, by `datasets`, to a memory-mapped table in its cache, since a parquet file can only be read a
+whole row group at a time.
+"""
+
+import glob
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+
+from qlatrain.data.sources import checked_text, digest
+
+ENDINGS = (".txt", ".jsonl", ".parquet")
+SCAN_BYTES = 1 << 24  # of a jsonl file at a time, when its lines are indexed
+
+
+class TextSource:
+    """The documents of `files`, in the order of `files`; the matches of one glob are sorted.
+
+    Args:
+        files: paths or globs; `~` and `**` are understood. A file named twice is read once.
+        text_key: the field of .jsonl and .parquet rows that holds the document.
+
+    Raises:
+        ValueError: a file is missing, a glob matches nothing, an ending is unknown, a row has no `text_key`, or
+            there are no documents. Rows after the first of a file are looked at when they are read.
+    """
+
+    def __init__(self, files: list[str], text_key: str = "text"):
+        if not files:
+            raise ValueError("data.source=text needs data.files: a list of .txt, .jsonl or .parquet paths or globs.")
+        openers = {".txt": lambda path, _: TxtFile(path), ".jsonl": JsonlFile, ".parquet": ParquetFile}
+        self.parts = [openers[path.suffix](path, text_key) for path in expand(files)]
+        self.ends = np.cumsum([len(part) for part in self.parts])
+        if not len(self):
+            raise ValueError(f"data.files={files} hold no documents: every file is empty.")
+        # Names without folders: a corpus that was moved is still the same corpus.
+        sizes = [(part.path.name, part.path.stat().st_size) for part in self.parts]
+        self.description = {"source": "text", "files": digest(sizes), "text_key": text_key}
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getitem__(self, index: int) -> str:
+        part = int(np.searchsorted(self.ends, index, side="right"))
+        return self.parts[part][index - (int(self.ends[part - 1]) if part else 0)]
+
+
+def expand(files: list[str]) -> list[Path]:
+    """The paths that `files` (paths and globs) mean, each once; errors as in `TextSource`."""
+    paths: dict[str, Path] = {}
+    for pattern in files:
+        expanded = os.path.expanduser(pattern)
+        if os.path.exists(expanded):  # first, so that a file with a [ in its name can be named
+            found = [expanded]
+        elif glob.has_magic(expanded):
+            found = sorted(name for name in glob.glob(expanded, recursive=True) if os.path.isfile(name))
+            if not found:
+                raise ValueError(f"data.files: {pattern!r} matches no file; check the folder and the pattern.")
+        else:
+            raise ValueError(f"data.files: {pattern!r} does not exist; check the path (relative to {os.getcwd()!r}).")
+        for name in found:
+            if os.path.isdir(name):
+                raise ValueError(
+                    f"data.files: {pattern!r} is a folder; name its files, e.g. {pattern.rstrip('/') + '/**/*.txt'!r}."
+                )
+            if Path(name).suffix not in ENDINGS:
+                raise ValueError(f"data.files: {name!r} ends in none of {', '.join(ENDINGS)}; convert or rename it.")
+            paths.setdefault(os.path.realpath(name), Path(name))
+    return list(paths.values())
+
+
+def decode(content: bytes, place: str) -> str:
+    """UTF-8 text with its line endings as they are; ValueError naming `place` and the first bad byte."""
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{place} is not UTF-8 at byte {error.start}; convert it to UTF-8.") from error
+
+
+class TxtFile:
+    """One document, or none when the file has no bytes."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.length = int(path.stat().st_size > 0)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> str:
+        return decode(self.path.read_bytes(), str(self.path))
+
+
+class JsonlFile:
+    """One document a line; empty lines are not documents. Holds 16 bytes a line in memory."""
+
+    def __init__(self, path: Path, text_key: str):
+        self.path = path
+        self.text_key = text_key
+        self.starts, self.ends = line_spans(path)
+        if len(self):
+            self[0]  # a wrong text_key is met now rather than in the middle of a run
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, index: int) -> str:
+        start, end = int(self.starts[index]), int(self.ends[index])
+        with open(self.path, "rb") as file:  # opened each time: threads share no file position
+            file.seek(start)
+            line = file.read(end - start)
+        if line.isspace():
+            return ""
+        try:
+            row = json.loads(decode(line, self._place(start)))
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{self._place(start)} is not JSON: {error.msg} at column {error.colno}; "
+                "mend it, every line must be one JSON object."
+            ) from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{self._place(start)} is a JSON {type(row).__name__}; every line must be a JSON object.")
+        if self.text_key not in row:
+            raise ValueError(
+                f"{self._place(start)} has no field {self.text_key!r}, its fields are {sorted(row)}; "
+                "name the one that holds the document with data.text_key."
+            )
+        return checked_text(row[self.text_key], self._place(start), self.text_key)
+
+    def _place(self, start: int) -> str:
+        """`file:line` of the line that begins at byte `start`; counted only when there is an error to report."""
+        with open(self.path, "rb") as file:
+            lines, left = 1, start
+            while left and (chunk := file.read(min(SCAN_BYTES, left))):
+                lines += chunk.count(b"\n")
+                left -= len(chunk)
+        return f"{self.path}:{lines}"
+
+
+def line_spans(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Byte offsets where the lines of `path` begin and end (without the newline), int64; empty lines left out."""
+    newlines, at = [], 0
+    with open(path, "rb") as file:
+        while chunk := file.read(SCAN_BYTES):
+            newlines.append(np.flatnonzero(np.frombuffer(chunk, dtype=np.uint8) == ord("\n")) + at)
+            at += len(chunk)
+    ends = np.concatenate([*newlines, np.array([at])]).astype(np.int64)
+    starts = np.concatenate([np.zeros(1, dtype=np.int64), ends[:-1] + 1])
+    filled = ends > starts
+    return starts[filled], ends[filled]
+
+
+class ParquetFile:
+    """One document a row."""
+
+    def __init__(self, path: Path, text_key: str):
+        import pyarrow as pa
+        import pyarrow.parquet
+        from datasets import Dataset
+        from datasets.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
+
+        self.path = path
+        self.text_key = text_key
+        try:
+            columns = pa.parquet.read_schema(path).names
+        except (pa.ArrowInvalid, OSError) as error:
+            raise ValueError(f"{path} is not a parquet file that can be read: {first_line(error)}") from error
+        if text_key not in columns:
+            raise ValueError(
+                f"{path} has no field {text_key!r}, its fields are {sorted(columns)}; "
+                "name the one that holds the document with data.text_key."
+            )
+        shown = is_progress_bar_enabled()
+        disable_progress_bar()
+        try:
+            self.rows = Dataset.from_parquet(str(path), columns=[text_key])
+        finally:
+            if shown:
+                enable_progress_bar()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> str:
+        return checked_text(self.rows[index][self.text_key], f"{self.path}, row {index}", self.text_key)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line: for the sentence that reports it."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

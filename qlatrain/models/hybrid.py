@@ -1,0 +1,97 @@
+"""The hybrid decoder: layers that follow a pattern of Gated DeltaNet and full attention.
+
+Parameter names are those of transformers' `Qwen3_5ForCausalLM`, so that a checkpoint opens there as it is.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from qlatrain.config import KernelConfig, ModelConfig
+from qlatrain.models.documents import Documents
+from qlatrain.models.initialization import initialize
+from qlatrain.models.layers import Block, RMSNorm, rotary_table
+
+LOGITS_AT_ONCE = 2**26  # elements of float32 logits held at a time: 256 MB
+
+
+class HybridModel(nn.Module):
+    """Embedding, blocks and final norm."""
+
+    def __init__(self, config: ModelConfig, kernel: KernelConfig):
+        super().__init__()
+        self.config = config
+        self.activation_checkpointing = False
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, kind, kernel.gated_delta_rule) for kind in config.layer_kinds)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, input_ids: torch.Tensor, documents) -> torch.Tensor:
+        x_BTD = self.embed_tokens(input_ids)
+        config = self.config
+        rotary = rotary_table(
+            documents.position_ids, config.head_dim, config.partial_rotary_factor, config.rope_theta, x_BTD.dtype
+        )
+        for layer in self.layers:
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x_BTD = checkpoint(layer, x_BTD, documents, rotary, use_reentrant=False)
+            else:
+                x_BTD = layer(x_BTD, documents, rotary)
+        return self.norm(x_BTD)
+
+
+class HybridForCausalLM(nn.Module):
+    """The decoder with its head.
+
+    Args:
+        config: sizes and pattern.
+        kernel: which backend each operator runs.
+        seed: initialise from this seed; None leaves the parameters unset, for a checkpoint to fill.
+    """
+
+    def __init__(self, config: ModelConfig, kernel: KernelConfig | None = None, seed: int | None = None):
+        super().__init__()
+        self.config = config
+        self.model = HybridModel(config, kernel or KernelConfig())
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if seed is not None:
+            initialize(self, config, seed)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(self, input_ids: torch.Tensor, documents=None, labels: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        Args:
+            input_ids: int64 [1, N] with documents, or [B, T], each row one document.
+            documents: `Documents` (or a `PackedBatch`): boundaries and positions along N.
+            labels: int64 like input_ids, the token each position predicts; −100 where there is none.
+
+        Returns:
+            logits [1, N, vocabulary] (or [B, T, vocabulary]); with labels the sum of their negative log-likelihoods
+            in float32, without ever holding all logits of a large vocabulary.
+        """
+        shape = input_ids.shape
+        if documents is None:
+            documents = Documents.of_lengths([shape[1]] * shape[0], input_ids.device)
+            input_ids = input_ids.flatten()[None]
+        elif input_ids.shape != documents.position_ids.shape:
+            raise ValueError(
+                f"input_ids has shape {list(input_ids.shape)}, the documents' position_ids "
+                f"{list(documents.position_ids.shape)}: pack the tokens into [1, N]"
+            )
+        x_BTD = self.model(input_ids, documents)
+        if labels is None:
+            return self.lm_head(x_BTD).view(*shape, -1)
+        return self._nll(x_BTD.flatten(0, 1), labels.flatten())
+
+    def _nll(self, x_ND: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
+        """Logits are made, used and dropped a slice of tokens at a time; the backward makes them again."""
+        tokens = max(1, LOGITS_AT_ONCE // self.config.vocab_size)
+        if tokens >= len(x_ND):
+            return self._slice_nll(x_ND, labels_N)
+        slices = zip(x_ND.split(tokens), labels_N.split(tokens), strict=True)
+        return torch.stack([checkpoint(self._slice_nll, x, y, use_reentrant=False) for x, y in slices]).sum()
+
+    def _slice_nll(self, x_ND: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(self.lm_head(x_ND).float(), labels_N, ignore_index=-100, reduction="sum")

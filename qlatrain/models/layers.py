@@ -1,0 +1,192 @@
+"""The parts of a hybrid decoder. Numerically and by parameter name those of transformers' `qwen3_5` text model.
+
+Shape suffixes: B batch (1 when packed), T tokens, D hidden, H heads, K key dimension, V value dimension, F MLP.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from qlakernels import causal_conv1d, chunk_gated_delta_rule, rms_norm_gated
+from qlatrain.config import ModelConfig
+from qlatrain.models.attention import packed_causal_attention
+
+
+class RMSNorm(nn.Module):
+    """Zero-centred: x / rms(x) · (1 + weight), statistics in float32, so that weight decay pulls towards identity."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x.float(), x.shape[-1:], 1.0 + self.weight.float(), self.eps).type_as(x)
+
+
+class GatedRMSNorm(nn.Module):
+    """The norm on the GDN output; its weight is centred on one, and SiLU(gate) multiplies the result."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        return rms_norm_gated(x, gate, self.weight, self.eps)
+
+
+class ShortConvolution(nn.Module):
+    """Holds the depthwise filter under the name and in the shape [channels, 1, width] of `nn.Conv1d`."""
+
+    def __init__(self, channels: int, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, 1, width))
+
+    def forward(self, x_BTC: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        return causal_conv1d(x_BTC, self.weight.squeeze(1), position_ids)
+
+
+class GatedDeltaNet(nn.Module):
+    """Token mixer with a matrix state for each value head (Yang et al. 2024, "Gated Delta Networks").
+
+    `A_log` and `dt_bias` stay float32 whatever the module is cast to: rounded to bfloat16 they change the decay of
+    long memories by percents, and A near 0 becomes log 0.
+    """
+
+    FLOAT32_PARAMETERS = ("A_log", "dt_bias")
+
+    def __init__(self, config: ModelConfig, backend: str):
+        super().__init__()
+        self.key_dim = config.linear_num_key_heads * config.linear_key_head_dim
+        self.value_dim = config.linear_num_value_heads * config.linear_value_head_dim
+        self.head_k_dim = config.linear_key_head_dim
+        self.head_v_dim = config.linear_value_head_dim
+        self.allow_neg_eigval = config.allow_neg_eigval
+        self.backend = backend
+        channels = 2 * self.key_dim + self.value_dim
+        self.in_proj_qkv = nn.Linear(config.hidden_size, channels, bias=False)
+        self.in_proj_z = nn.Linear(config.hidden_size, self.value_dim, bias=False)
+        self.in_proj_b = nn.Linear(config.hidden_size, config.linear_num_value_heads, bias=False)
+        self.in_proj_a = nn.Linear(config.hidden_size, config.linear_num_value_heads, bias=False)
+        self.conv1d = ShortConvolution(channels, config.linear_conv_kernel_dim)
+        self.dt_bias = nn.Parameter(torch.empty(config.linear_num_value_heads, dtype=torch.float32))
+        self.A_log = nn.Parameter(torch.empty(config.linear_num_value_heads, dtype=torch.float32))
+        self.norm = GatedRMSNorm(self.head_v_dim, config.rms_norm_eps)
+        self.out_proj = nn.Linear(self.value_dim, config.hidden_size, bias=False)
+
+    def _apply(self, fn, recurse=True):
+        kept = {name: getattr(self, name).data for name in self.FLOAT32_PARAMETERS}
+        super()._apply(fn, recurse)
+        for name, value in kept.items():
+            parameter = getattr(self, name)
+            if parameter.dtype != torch.float32:
+                parameter.data = value.to(parameter.device)
+                if parameter.grad is not None:
+                    parameter.grad = parameter.grad.float()
+        return self
+
+    def forward(self, x_BTD: torch.Tensor, documents) -> torch.Tensor:
+        qkv_BTC = self.conv1d(self.in_proj_qkv(x_BTD), documents.position_ids)
+        q, k, v = qkv_BTC.split([self.key_dim, self.key_dim, self.value_dim], dim=-1)
+        o_BTHV, _ = chunk_gated_delta_rule(
+            q.unflatten(-1, (-1, self.head_k_dim)),
+            k.unflatten(-1, (-1, self.head_k_dim)),
+            v.unflatten(-1, (-1, self.head_v_dim)),
+            g=self.in_proj_a(x_BTD),
+            beta=self.in_proj_b(x_BTD),
+            A_log=self.A_log,
+            dt_bias=self.dt_bias,
+            use_qk_l2norm_in_kernel=True,
+            use_gate_in_kernel=True,
+            use_beta_sigmoid_in_kernel=True,
+            allow_neg_eigval=self.allow_neg_eigval,
+            cu_seqlens=documents.cu_seqlens,
+            cu_seqlens_cpu=documents.cu_seqlens_cpu,
+            backend=self.backend,
+        )
+        z_BTHV = self.in_proj_z(x_BTD).unflatten(-1, (-1, self.head_v_dim))
+        return self.out_proj(self.norm(o_BTHV, z_BTHV).flatten(-2))
+
+
+class GatedAttention(nn.Module):
+    """Full attention with normalised queries and keys, partial RoPE, grouped queries and a sigmoid output gate."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.head_dim = config.head_dim
+        heads, kv_heads, bias = config.num_attention_heads, config.num_key_value_heads, config.attention_bias
+        self.q_proj = nn.Linear(config.hidden_size, heads * config.head_dim * 2, bias=bias)  # queries and gates
+        self.k_proj = nn.Linear(config.hidden_size, kv_heads * config.head_dim, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_heads * config.head_dim, bias=bias)
+        self.o_proj = nn.Linear(heads * config.head_dim, config.hidden_size, bias=bias)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+
+    def forward(self, x_BTD: torch.Tensor, documents, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        q_BTHK, gate_BTHK = self.q_proj(x_BTD).unflatten(-1, (-1, 2 * self.head_dim)).chunk(2, dim=-1)
+        k_BTHK = self.k_proj(x_BTD).unflatten(-1, (-1, self.head_dim))
+        v_BTHK = self.v_proj(x_BTD).unflatten(-1, (-1, self.head_dim))
+        q_BTHK = apply_rotary(self.q_norm(q_BTHK), rotary)
+        k_BTHK = apply_rotary(self.k_norm(k_BTHK), rotary)
+        o_BTHK = packed_causal_attention(q_BTHK, k_BTHK, v_BTHK, documents)
+        return self.o_proj((o_BTHK * gate_BTHK.sigmoid()).flatten(-2))
+
+
+def rotary_table(
+    position_ids: torch.Tensor, head_dim: int, partial_rotary_factor: float, theta: float, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """position_ids [B, T] → cosines and sines [B, T, 1, R], R = head_dim · partial_rotary_factor, angles in float32.
+
+    Source: Su et al. 2021 (RoFormer), in the half-split order of Qwen and Llama.
+    """
+    rotated = int(head_dim * partial_rotary_factor)
+    exponent = torch.arange(0, rotated, 2, dtype=torch.float32, device=position_ids.device) / rotated
+    angles = position_ids[..., None].float() * (1.0 / theta**exponent)
+    angles = torch.cat([angles, angles], dim=-1)[:, :, None]
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def apply_rotary(x_BTHK: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Rotates the first R dimensions of each head and passes the others through; the result keeps x's dtype."""
+    cos, sin = rotary
+    turned, passed = x_BTHK.split([cos.shape[-1], x_BTHK.shape[-1] - cos.shape[-1]], dim=-1)
+    left, right = turned.chunk(2, dim=-1)
+    turned = turned * cos + torch.cat([-right, left], dim=-1) * sin
+    return torch.cat([turned.type_as(passed), passed], dim=-1)
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer 2020)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+
+
+class Block(nn.Module):
+    """norm → mixer → residual, norm → MLP → residual. The mixer is `gdn` or `attn`."""
+
+    def __init__(self, config: ModelConfig, kind: str, backend: str):
+        super().__init__()
+        self.kind = kind
+        if kind == "gdn":
+            self.linear_attn = GatedDeltaNet(config, backend)
+        else:
+            self.self_attn = GatedAttention(config)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x_BTD: torch.Tensor, documents, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        normed = self.input_layernorm(x_BTD)
+        if self.kind == "gdn":
+            x_BTD = x_BTD + self.linear_attn(normed, documents)
+        else:
+            x_BTD = x_BTD + self.self_attn(normed, documents, rotary)
+        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))

@@ -1,0 +1,93 @@
+"""Which parameter is updated by what, and one object that updates them all."""
+
+import torch
+from torch import Tensor, nn
+
+from qlatrain.config import OptimConfig
+from qlatrain.training.muon import Muon
+
+
+def decays(name: str, parameter: nn.Parameter) -> bool:
+    """Weight decay pulls matrices to zero; norms, biases, A_log, dt_bias and convolutions are left alone."""
+    return parameter.ndim == 2 and not name.endswith(("A_log", "dt_bias"))
+
+
+def is_block_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """What Muon takes: the matrices inside the blocks, not the embedding, the head or the convolutions."""
+    return parameter.ndim == 2 and ".layers." in f".{name}"
+
+
+class Optimizers:
+    """AdamW for all parameters, or Muon for the matrices of the blocks and AdamW for the rest.
+
+    Args:
+        named_parameters: (name, parameter) of the bare model; names are those of its checkpoint.
+        config: rates and decays.
+    """
+
+    def __init__(self, named_parameters: list[tuple[str, nn.Parameter]], config: OptimConfig):
+        self.names = {parameter: name for name, parameter in named_parameters}
+        muon = [p for n, p in named_parameters if config.name == "muon" and is_block_matrix(n, p)]
+        taken = set(muon)
+        rest = [(n, p) for n, p in named_parameters if p not in taken]
+        groups = [
+            {"params": [p for n, p in rest if decays(n, p)], "weight_decay": config.weight_decay},
+            {"params": [p for n, p in rest if not decays(n, p)], "weight_decay": 0.0},
+        ]
+        adamw = torch.optim.AdamW(groups, lr=config.lr, betas=tuple(config.betas), eps=config.eps, fused=True)
+        self.parts: list[torch.optim.Optimizer] = [adamw]
+        if muon:
+            self.parts.append(Muon(muon, config.muon_lr, config.muon_momentum, config.muon_weight_decay))
+        self.peaks = [[group["lr"] for group in part.param_groups] for part in self.parts]
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the first part, as shown in the progress line."""
+        return self.parts[0].param_groups[0]["lr"]
+
+    def step(self, factor: float, skip: Tensor) -> None:
+        """One update at `factor` times the peak rates; none where `skip` (0 or 1, on the device) is 1."""
+        for part, peaks in zip(self.parts, self.peaks, strict=True):
+            for group, peak in zip(part.param_groups, peaks, strict=True):
+                group["lr"] = peak * factor
+            part.found_inf = skip.float()
+            part.step()
+
+    def zero_grad(self) -> None:
+        for part in self.parts:
+            part.zero_grad(set_to_none=True)
+
+    def state(self) -> dict[str, Tensor]:
+        """Flat names for a checkpoint: `<parameter>/<kind>`, such as `model.norm.weight/exp_avg`."""
+        return {
+            f"{self.names[parameter]}/{kind}": value
+            for part in self.parts
+            for parameter, kinds in part.state.items()
+            for kind, value in kinds.items()
+        }
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """The inverse of `state`.
+
+        Raises:
+            ValueError: the state belongs to other parameters or another optimizer.
+        """
+        parameters = {name: parameter for parameter, name in self.names.items()}
+        owner = {p: part for part in self.parts for group in part.param_groups for p in group["params"]}
+        expected = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, Muon: {"momentum_buffer"}}
+        found: dict[str, set[str]] = {}
+        for key in state:
+            name, kind = key.rsplit("/", 1)
+            found.setdefault(name, set()).add(kind)
+        for name in sorted(found.keys() | parameters.keys()):
+            known = expected[type(owner[parameters[name]])] if name in parameters else set()
+            if found.get(name, set()) not in (known, set()) or name not in parameters:
+                raise ValueError(
+                    f"the checkpoint's optimizer state of {name!r} is {sorted(found.get(name, ()))}, "
+                    f"this run's optimizer keeps {sorted(known)}: resume with the optimizer it was saved with"
+                )
+        for key, value in state.items():
+            name, kind = key.rsplit("/", 1)
+            parameter = parameters[name]
+            device = "cpu" if kind == "step" and not parameter.is_cuda else parameter.device
+            owner[parameter].state[parameter][kind] = value.to(device).clone()

@@ -1,0 +1,1 @@
+"""The programs: one file each, named by the config that runs it."""
