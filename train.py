@@ -45,6 +45,7 @@ def is_users(error: Exception) -> bool:
 
 
 def main() -> None:
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # a bug keeps its whole traceback
     register_schemas()
     asked = get_args_parser().parse_args()
     if not (asked.help or asked.hydra_help or asked.info or asked.multirun or asked.shell_completion):

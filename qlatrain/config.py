@@ -74,6 +74,7 @@ class DataConfig:
     validation_fraction: float = 0.05  # of the documents
     shuffle: bool = True
     shuffle_block: int = 10_000  # streaming: documents shuffled together
+    interleave: int = 64  # documents open side by side, which give rows in turn
     workers: int = 2  # threads that read and tokenise ahead; 0 reads in step with training
 
 
@@ -193,6 +194,7 @@ AT_LEAST = {
     "train.micro_batch_size": 1,
     "train.max_skipped_steps": 1,
     "data.sequence_length": 2,
+    "data.interleave": 1,
     "data.workers": 0,
     "model.vocab_size": 1,
     "model.hidden_size": 1,

@@ -76,7 +76,7 @@ def test_write_aside(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(files, "_sync", refuse)
-    with pytest.raises(WriteError, match="file could not be written: .*No space left on device"):
+    with pytest.raises(WriteError, match=r"file could not be written: .*No space left on device"):
         write_aside(target, "second")
     assert target.read_text(encoding="utf-8") == "ä first"
     assert listing(tmp_path) == ["file", "file.json"]

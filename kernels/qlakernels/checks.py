@@ -1,5 +1,7 @@
 """Checks of arguments that several operators share. Each raises a ValueError naming the argument and its value."""
 
+import itertools
+
 import torch
 
 
@@ -24,7 +26,7 @@ def check_cu_seqlens(cu_seqlens: torch.Tensor, cu_seqlens_cpu: torch.Tensor | No
     bounds = host.tolist()
     if bounds[0] != 0:
         raise ValueError(f"cu_seqlens starts at {bounds[0]}: it must start at 0")
-    for i, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for i, (start, end) in enumerate(itertools.pairwise(bounds)):
         if end < start:
             raise ValueError(f"cu_seqlens descends from {start} to {end} at index {i + 1}: it must not descend")
     if bounds[-1] != tokens:

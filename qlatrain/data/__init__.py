@@ -47,12 +47,14 @@ def build_data(config: DataConfig, seed: int) -> TrainData:
         raise ValueError(f"data.workers={config.workers} must be 0 (no threads) or more.")
     if config.shuffle_block < 1:
         raise ValueError(f"data.shuffle_block={config.shuffle_block} must be 1 document or more.")
+    if config.interleave < 1:
+        raise ValueError(f"data.interleave={config.interleave} must be 1 (one document after the other) or more.")
     tokenizer = load_tokenizer(config.tokenizer)
     source = open_source(config)
     if config.streaming:
         order = StreamedOrder(source, seed, config.validation_fraction, config.shuffle, config.shuffle_block)
     else:
         order = IndexedOrder(source, seed, config.validation_fraction, config.shuffle)
-    train = TrainStream(order, tokenizer, config.sequence_length, config.workers)
+    train = TrainStream(order, tokenizer, config.sequence_length, config.interleave, config.workers)
     validation = ValidationSet(order, tokenizer, config.sequence_length) if config.validation_fraction > 0 else None
     return TrainData(tokenizer, train, validation)

@@ -4,12 +4,12 @@ Every choice is made by one hash rather than a random generator, so it is the sa
 number of workers and in every version of numpy, and any epoch or block can be entered without the ones before.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
 import numpy as np
 
-from qlatrain.data.packing import Position
+from qlatrain.data.packing import Position, not_there
 from qlatrain.data.sources import DocumentReader, DocumentSource, DocumentStream
 
 GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio, the increment of splitmix64
@@ -76,6 +76,23 @@ class IndexedOrder:
                 yield position, partial(self._source.__getitem__, int(order[document]))
             epoch, first = epoch + 1, 0
 
+    def texts_at(self, positions: Iterable[Position]) -> list[str]:
+        """The documents at `positions`.
+
+        Raises:
+            ValueError: the corpus has no such document.
+        """
+        orders: dict[int, np.ndarray] = {}
+        return [self._text_at(position, orders) for position in positions]
+
+    def _text_at(self, position: Position, orders: dict[int, np.ndarray]) -> str:
+        if position.epoch not in orders:
+            orders[position.epoch] = self.epoch_order(position.epoch)
+        order = orders[position.epoch]
+        if position.document >= len(order):
+            raise not_there(position)
+        return self._source[int(order[position.document])]
+
     def epoch_order(self, epoch: int) -> np.ndarray:
         """Indices of the training documents in the order of `epoch`, int64."""
         if not self._shuffle:
@@ -118,14 +135,27 @@ class StreamedOrder:
         first = start.document
         while True:
             following = block.following()
-            size = len(block.texts)
-            order = permutation(size, self._seed, ORDER, block.epoch, block.number) if self._shuffle else range(size)
-            for document in range(first, size):
+            for document, text in enumerate(block.in_order()[first:], first):
                 following.read_one()
                 position = Position(block.epoch, block.number, document, source_state=block.state)
-                yield position, partial(str, block.texts[order[document]])
+                yield position, partial(str, text)
             following.read_rest()
             block, first = following, 0
+
+    def texts_at(self, positions: Iterable[Position]) -> list[str]:
+        """As `IndexedOrder.texts_at`; reads through each block that a position is in."""
+        blocks: dict[tuple[int, int], list[str]] = {}
+        return [self._text_at(position, blocks) for position in positions]
+
+    def _text_at(self, position: Position, blocks: dict[tuple[int, int], list[str]]) -> str:
+        key = position.epoch, position.block
+        if key not in blocks:
+            block = _Block(self, self._source.open(position.source_state), *key)
+            block.read_rest()
+            blocks[key] = block.in_order()
+        if position.document >= len(blocks[key]):
+            raise not_there(position)
+        return blocks[key][position.document]
 
     def held_out(self, indices: np.ndarray) -> np.ndarray:
         """bool [indices]: which documents are validation's."""
@@ -183,6 +213,12 @@ class _Block:
     def read_rest(self) -> None:
         while self.read_one():
             pass
+
+    def in_order(self) -> list[str]:
+        """The documents as they are given out; the block must have been read."""
+        if not self._order._shuffle:
+            return self.texts
+        return [self.texts[i] for i in permutation(len(self.texts), self._order._seed, ORDER, self.epoch, self.number)]
 
     def following(self) -> "_Block":
         if self._ended:

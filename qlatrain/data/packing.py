@@ -1,13 +1,15 @@
 """Tokenised documents to packed rows, and rows to the batch a model takes.
 
-The stream of documents is cut every `sequence_length` tokens. A document cut by the end of a row goes on in the
-next row as a segment of its own: state and positions begin again there. Labels look one token past the end of the
-row, so every token of a document but its first is predicted exactly once, whatever the row length.
+Several documents are open side by side and give rows in turn, so that neighbouring rows are of different ones: a
+batch cut from one long document has a noisy gradient. A document cut by the end of a row goes on in a later row as a
+segment of its own: state and positions begin again there. Labels look one token past the end of the row, so every
+token of a document but its first is predicted exactly once, whatever the row length.
 
 N = rows × sequence_length tokens; D = segments.
 """
 
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,13 +20,25 @@ IGNORE_INDEX = -100  # a label that is no target, as in torch's cross_entropy
 
 @dataclass(frozen=True)
 class Position:
-    """Where a walk over the documents stands: before token `offset` of a document."""
+    """A token of the corpus: token `offset` of a document."""
 
     epoch: int = 0
     block: int = 0  # streamed sources: the block of `shuffle_block` documents; else 0
     document: int = 0  # in the order of the epoch, or of the block
     offset: int = 0  # tokens, of the document with its bos
     source_state: dict | None = None  # streamed sources: where the block begins
+
+
+@dataclass(frozen=True)
+class StreamPosition:
+    """Where packing stands: the document that is opened next, and the open ones, the one whose row comes next first."""
+
+    following: Position  # offset 0
+    opened: tuple[Position | None, ...]  # their next tokens; None takes the following document when its row comes
+
+    @classmethod
+    def beginning(cls, interleave: int) -> "StreamPosition":
+        return cls(Position(), (None,) * interleave)
 
 
 @dataclass(frozen=True)
@@ -38,7 +52,7 @@ class Row:
     input_ids: np.ndarray  # int32 [length]
     labels: np.ndarray  # int32 [length]
     segments: list[int]  # lengths, they add up to length
-    end: Position  # of the token that comes after this row
+    end: StreamPosition  # after this row
 
 
 @dataclass(frozen=True)
@@ -91,34 +105,61 @@ class PackedBatch:
 
 
 class Packer:
-    """Rows of `sequence_length` tokens from documents in order; at the end of the documents a shorter one.
+    """Rows of `sequence_length` tokens from documents in order; at the end of the documents shorter ones.
 
     Args:
-        documents: the first is the one that `start` stands in. Taken one at a time, and only when needed.
+        documents: the first is the one at `start.following`. Taken one at a time, and only when needed.
         sequence_length: tokens a row.
-        start: where the first row begins.
+        start: where the first row begins; as many documents are open side by side as it has places for.
+        opened: the documents of `start.opened`; None where it has None.
+
+    Raises:
+        ValueError: a document of `start` has fewer tokens than it says.
     """
 
-    def __init__(self, documents: Iterable[Document], sequence_length: int, start: Position):
-        self.position = start
+    def __init__(
+        self,
+        documents: Iterable[Document],
+        sequence_length: int,
+        start: StreamPosition,
+        opened: Sequence[Document | None] = (),
+    ):
         self._documents = iter(documents)
         self._sequence_length = sequence_length
-        self._document: Document | None = None
+        self._following = start.following
+        self._open: deque[_OpenDocument | None] = deque(
+            None if at is None else _OpenDocument(document, at.offset)
+            for at, document in zip(start.opened, opened or [None] * len(start.opened), strict=True)
+        )
 
     def __iter__(self) -> Iterator[Row]:
         while (row := self.next_row()) is not None:
             yield row
 
+    @property
+    def position(self) -> StreamPosition:
+        return StreamPosition(self._following, tuple(document and document.position for document in self._open))
+
     def next_row(self) -> Row | None:
         """The next row, or None when the documents have ended."""
+        for _ in range(len(self._open)):
+            row = self._fill_row()
+            self._open.rotate(-1)
+            if row is not None:
+                return replace(row, end=self.position)
+        return None
+
+    def _fill_row(self) -> Row | None:
+        """A row from the first open document and, as they end, those that take its place."""
         input_ids = np.empty(self._sequence_length, dtype=np.int32)
         labels = np.empty(self._sequence_length, dtype=np.int32)
         segments: list[int] = []
         filled = 0
         while filled < self._sequence_length:
-            if self._document is None and not self._take_document():
+            current = self._open[0] = self._open[0] or self._open_next()
+            if current is None:
                 break
-            tokens, offset = self._document.tokens, self.position.offset
+            tokens, offset = current.tokens, current.offset
             size = min(self._sequence_length - filled, len(tokens) - offset)
             input_ids[filled : filled + size] = tokens[offset : offset + size]
             targets = tokens[offset + 1 : offset + size + 1]
@@ -126,26 +167,38 @@ class Packer:
             labels[filled + len(targets) : filled + size] = IGNORE_INDEX  # the document's last token, if it is here
             segments.append(size)
             filled += size
-            if offset + size < len(tokens):
-                self.position = replace(self.position, offset=offset + size)
-            else:
-                self.position = replace(self.position, document=self.position.document + 1, offset=0)
-                self._document = None
-        if not filled:
-            return None
-        return Row(input_ids[:filled], labels[:filled], segments, self.position)
+            current.offset += size
+            if current.offset == len(tokens):
+                self._open[0] = None
+        return Row(input_ids[:filled], labels[:filled], segments, self.position) if filled else None
 
-    def _take_document(self) -> bool:
+    def _open_next(self) -> "_OpenDocument | None":
         document = next(self._documents, None)
         if document is None:
-            return False
-        offset = self.position.offset
-        if offset >= len(document.tokens) or (offset and document.position != replace(self.position, offset=0)):
-            raise ValueError(
-                f"The data position to resume from is token {offset} of document {self.position.document} in epoch "
-                f"{self.position.epoch}, which is not there: the corpus has changed since the checkpoint. Restore "
-                "it, or start with resume=never."
-            )
-        self._document = document
-        self.position = replace(document.position, offset=offset)
-        return True
+            return None
+        self._following = replace(document.position, document=document.position.document + 1)
+        return _OpenDocument(document, 0)
+
+
+class _OpenDocument:
+    """A document and the token of it that comes next."""
+
+    def __init__(self, document: Document, offset: int):
+        if offset >= len(document.tokens):
+            raise not_there(replace(document.position, offset=offset))
+        self.tokens = document.tokens
+        self.offset = offset
+        self._start = document.position
+
+    @property
+    def position(self) -> Position:
+        return replace(self._start, offset=self.offset)
+
+
+def not_there(position: Position) -> ValueError:
+    """What to raise when the corpus does not reach to a saved position."""
+    return ValueError(
+        f"The data position to resume from is token {position.offset} of document {position.document} in epoch "
+        f"{position.epoch}, which is not there: the corpus has changed since the checkpoint. Restore "
+        "it, or start with resume=never."
+    )

@@ -9,11 +9,11 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 
 from qlatrain.data.order import IndexedOrder, StreamedOrder
-from qlatrain.data.packing import Document, PackedBatch, Packer, Position, Row
+from qlatrain.data.packing import Document, PackedBatch, Packer, Position, Row, StreamPosition
 from qlatrain.data.tokenizer import Tokenizer
 
 IN_FLIGHT = 4  # documents a worker may be ahead; with one global batch of rows, all that is held read
@@ -30,17 +30,25 @@ class TrainStream:
         ValueError: the training documents together do not fill one row.
     """
 
-    def __init__(self, order: IndexedOrder | StreamedOrder, tokenizer: Tokenizer, sequence_length: int, workers: int):
+    def __init__(
+        self,
+        order: IndexedOrder | StreamedOrder,
+        tokenizer: Tokenizer,
+        sequence_length: int,
+        interleave: int,
+        workers: int,
+    ):
         self._order = order
         self._tokenizer = tokenizer
         self._sequence_length = sequence_length
+        self._interleave = interleave
         self._check_one_row()
         self._workers = workers
         self._readers = ThreadPoolExecutor(workers, "qlatrain-read") if workers else None
         self._packing = ThreadPoolExecutor(1, "qlatrain-pack") if workers else None
         self._filling: Future | None = None
         self._stopping = False  # tells the packing thread to leave off
-        self._start(Position())
+        self._start(StreamPosition.beginning(interleave))
 
     def next_global_batch(
         self, global_rows: int, rank: int = 0, world_size: int = 1, micro_rows: int | None = None
@@ -73,7 +81,7 @@ class TrainStream:
 
     def state_dict(self) -> dict:
         """The position after the last global batch handed out: JSON-able, its size independent of the data's."""
-        return {**asdict(self._position), "corpus": self._corpus()}
+        return {**pack_position(self._position), "corpus": self._corpus()}
 
     def load_state_dict(self, state: dict) -> None:
         """Go on from `state`, to the same document and token, with any number of workers and processes.
@@ -94,7 +102,7 @@ class TrainStream:
             )
         self._halt()
         self._stopping = False
-        self._start(Position(**{name: value for name, value in state.items() if name != "corpus"}))
+        self._start(unpack_position(state))
 
     def documents(self, max_bytes: int | None = None) -> Iterator[str]:
         """The training documents once, in a fixed order: together at most `max_bytes` UTF-8 bytes when given."""
@@ -117,16 +125,21 @@ class TrainStream:
         """What the order of tokens depends on. Not the row length: a position is valid for rows of any length."""
         return {
             **self._order.description,
+            "interleave": self._interleave,
             "tokenizer": Path(self._tokenizer.name).name,  # without its folder, which may move
             "tokenizer_vocab_size": self._tokenizer.vocab_size,
         }
 
-    def _start(self, position: Position) -> None:
+    def _start(self, position: StreamPosition) -> None:
         self._position = position
         self._rows: deque[Row] = deque()
-        tokenised = in_order(self._tokenise, self._order.walk(position), self._readers, IN_FLIGHT * self._workers)
+        places = [at for at in position.opened if at is not None]
+        texts = iter(self._order.texts_at(places))
+        opened = [at and Document(replace(at, offset=0), self._tokenizer.encode(next(texts))) for at in position.opened]
+        walk = self._order.walk(position.following)
+        tokenised = in_order(self._tokenise, walk, self._readers, IN_FLIGHT * self._workers)
         documents = (document for document in tokenised if document is not None)
-        self._packer = Packer(documents, self._sequence_length, position)
+        self._packer = Packer(documents, self._sequence_length, position, opened)
 
     def _tokenise(self, item: tuple[Position, Callable[[], str]]) -> Document | None:
         position, read = item
@@ -164,6 +177,30 @@ class TrainStream:
             f"The training documents hold {tokens} tokens, less than one row of "
             f"data.sequence_length={self._sequence_length}; add documents or shorten the row."
         )
+
+
+def pack_position(position: StreamPosition) -> dict:
+    """A position as JSON: a block, and with it the state of its source, is written once however many are in it."""
+    blocks: list[dict] = []
+
+    def place(at: Position) -> list[int]:
+        block = {"epoch": at.epoch, "block": at.block, "source_state": at.source_state}
+        if block not in blocks:
+            blocks.append(block)
+        return [blocks.index(block), at.document, at.offset]
+
+    following, opened = place(position.following), [at and place(at) for at in position.opened]
+    return {"blocks": blocks, "following": following, "opened": opened}
+
+
+def unpack_position(state: dict) -> StreamPosition:
+    """What `pack_position` made."""
+
+    def position(place: list[int]) -> Position:
+        block, document, offset = place
+        return Position(**state["blocks"][block], document=document, offset=offset)
+
+    return StreamPosition(position(state["following"]), tuple(place and position(place) for place in state["opened"]))
 
 
 def divide_rows(global_rows: int, rank: int, world_size: int, micro_rows: int | None) -> tuple[int, int]:

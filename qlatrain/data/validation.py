@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from qlatrain.data.order import IndexedOrder, StreamedOrder
-from qlatrain.data.packing import IGNORE_INDEX, Document, PackedBatch, Packer, Position, Row
+from qlatrain.data.packing import IGNORE_INDEX, Document, PackedBatch, Packer, Position, Row, StreamPosition
 from qlatrain.data.stream import bounded
 from qlatrain.data.tokenizer import Tokenizer
 
@@ -67,23 +67,22 @@ class ValidationSet:
                     text_bytes += len(text.encode("utf-8", errors="replace"))
                     yield taken[-1]
 
-            packer = Packer(documents(), self._sequence_length, Position())
+            packer = Packer(documents(), self._sequence_length, StreamPosition.beginning(1))
             packed = [row for _ in range(rows) if (row := packer.next_row()) is not None]
             if not packed:
                 raise ValueError(
                     "No document with text is held out; raise data.validation_fraction, or set it to 0 to train "
                     "without validation."
                 )
-            if packer.position.offset:  # the last row ends within a document: its targets go one token further
+            (within,) = packer.position.opened
+            if within is not None:  # the last row ends within a document: its targets go one token further
                 tokens = taken[-1].tokens
-                beyond = self._tokenizer.count_bytes(tokens) - self._tokenizer.count_bytes(
-                    tokens[: packer.position.offset + 1]
-                )
-                text_bytes -= beyond
+                read = self._tokenizer.count_bytes(tokens[: within.offset + 1])
+                text_bytes -= self._tokenizer.count_bytes(tokens) - read
             self._packed = rows, packed, text_bytes
         return self._packed[1:]
 
     def _padding(self) -> Row:
         """A row without targets: one whole row, the shape that every layer has met already."""
         ids = np.full(self._sequence_length, self._tokenizer.eos_id or 0, dtype=np.int32)
-        return Row(ids, np.full_like(ids, IGNORE_INDEX), [len(ids)], Position())
+        return Row(ids, np.full_like(ids, IGNORE_INDEX), [len(ids)], StreamPosition.beginning(1))

@@ -21,10 +21,12 @@ _VARLEN = inspect.signature(varlen_attn).parameters
 _VARLEN_CAUSAL = {"window_size": (-1, 0)} if "window_size" in _VARLEN else {"is_causal": True}
 
 
-@torch.compiler.disable
 @cache
-def _say(line: str) -> None:
+def _say_once(line: str) -> None:
     logger.info(line)
+
+
+_say = torch.compiler.disable(_say_once)
 
 
 def packed_causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents) -> torch.Tensor:

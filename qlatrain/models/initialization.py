@@ -3,9 +3,9 @@
 | parameter | start | source |
 |---|---|---|
 | embedding, linear layers | N(0, initializer_range) | transformers `Qwen3_5PreTrainedModel` |
-| out_proj, o_proj, down_proj | the same, divided by √(2 · layers) | Radford et al. 2019 (GPT-2): the residual stream keeps its size |
+| out_proj, o_proj, down_proj | the same, divided by √(2 · layers) | Radford et al. 2019 (GPT-2) |
 | convolution | U(−1/√width, 1/√width) | torch's `nn.Conv1d` for one channel a group, as Mamba and FLA |
-| A_log | log of U(0.01, 16), drawn in float32 | Gu & Dao 2023 (Mamba-2's range), kept away from 0 as transformers does |
+| A_log | log of U(0.01, 16), drawn in float32 | Dao & Gu 2024 (Mamba-2), kept away from 0 as in transformers |
 | dt_bias | softplus⁻¹ of exp U(log 0.001, log 0.1) | Gu & Dao 2023 (Mamba): time steps spread over two decades |
 | zero-centred norms | 0 | transformers |
 | gated norm | 1 | transformers |

@@ -28,8 +28,9 @@ def save_dataset(folder, texts: list[str]) -> str:
 
 
 def config(**changes) -> DataConfig:
+    """Small, and without interleaving, so that the order of tokens can be told from the order of documents."""
     defaults = {"name": "test", "sequence_length": 32, "workers": 0, "validation_fraction": 0.2, "shuffle_block": 7}
-    return DataConfig(**{**defaults, **changes})
+    return DataConfig(**{**defaults, "interleave": 1, **changes})
 
 
 def corpus(tmp_path, kind: str, texts: list[str], **changes) -> DataConfig:

@@ -1,6 +1,6 @@
 """Every bad input we know: how to bring it about, and the table of what is printed.
 
-    python tests/recipes/bad_input_cases.py    writes docs/bad_input.md anew
+python tests/recipes/bad_input_cases.py    writes docs/bad_input.md anew
 """
 
 import json
@@ -22,7 +22,8 @@ Checkpoints that were there stay as they are. Anything else that goes wrong is a
 `QLATRAIN_TRACEBACK=1` shows the traceback of these as well.
 
 `RUN` is the run directory, `FILES` a folder of the user's, `CORPUS` one of twelve good text files, `HERE` the working
-directory. `tests/recipes/test_bad_input.py` runs every line; `python tests/recipes/bad_input_cases.py` prints them anew.
+directory. `tests/recipes/test_pretrain_bad_input.py` runs every line, and `python tests/recipes/bad_input_cases.py`
+prints them anew.
 
 | bad input | arguments | printed |
 |---|---|---|
@@ -150,7 +151,7 @@ RESUME = [
 MACHINE = [
     Case("full disk while saving a checkpoint", fixed("train.steps=14"), in_a_run=True, file_limit=90_000),
     Case("full disk while saving the model", fixed("track.log_every=99"), in_a_run=True, file_limit=90_000),
-    Case("full disk at the start", fixed(), file_limit=100),
+    Case("full disk at the start", fixed(), file_limit=1000),
     Case("run directory that cannot be made", file_in_the_way),
     Case("kernel that cannot run here", fixed("kernel.gated_delta_rule=tilelang")),
     Case("gradients that are not finite", fixed("optim.lr=1e30", "optim.muon_lr=1e30", "train.max_skipped_steps=3")),

@@ -5,7 +5,7 @@ import pytest
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "metrics")]
 
-from training_runs import Trainer, write_corpus
+from training_runs import Trainer, write_corpus  # noqa: E402
 
 
 @pytest.fixture(scope="session")

@@ -159,7 +159,7 @@ def test_failure_while_writing(run, folder, monkeypatch, failing):
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoints_module, "save_file", save_half)
-    with pytest.raises(CheckpointError, match="step 3 .*No space left on device; earlier checkpoints are untouched"):
+    with pytest.raises(CheckpointError, match=r"step 3 .*No space left on device; earlier checkpoints are untouched"):
         run.save(3)
     with pytest.raises(CheckpointError):
         run.save(2)
@@ -172,7 +172,7 @@ def test_refused_by_the_system(run, folder, size):
     """5,000 bytes are too few for the model; 100 for the first block of it."""
     run.save(1)
     before = contents(folder)
-    with files_of_at_most(size), pytest.raises(CheckpointError, match="step 2 .*File too large"):
+    with files_of_at_most(size), pytest.raises(CheckpointError, match=r"step 2 .*File too large"):
         run.save(2)
     assert contents(folder) == before and names(folder) == ["step-00000001"]
     run.save(2)
@@ -182,7 +182,7 @@ def test_refused_by_the_system(run, folder, size):
 def test_no_right_to_write(run, folder):
     folder.parent.mkdir()
     folder.write_text("a file where the folder should be")
-    with pytest.raises(CheckpointError, match="the checkpoint of step 1 was not saved: .* could not be written"):
+    with pytest.raises(CheckpointError, match=r"the checkpoint of step 1 was not saved: .* could not be written"):
         run.save(1)
 
 
@@ -291,5 +291,5 @@ def test_what_resume_means(run, folder, tmp_path):
         find_checkpoint(run_dir, "never")
     with pytest.raises(CheckpointError, match="resume=atuo is not a folder"):
         find_checkpoint(run_dir, "atuo")
-    with pytest.raises(CheckpointError, match="is not a complete checkpoint: state.json is missing"):
+    with pytest.raises(CheckpointError, match=r"is not a complete checkpoint: state\.json is missing"):
         find_checkpoint(run_dir, str(folder))

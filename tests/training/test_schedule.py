@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -23,7 +24,7 @@ def test_cosine_at_key_steps():
     assert factors[60] == pytest.approx(0.6)  # half way between the peak and the final
     assert factors[35] == pytest.approx(0.2 + 0.8 * 0.5 * (1 + math.cos(math.pi / 4)))
     assert factors[110] == pytest.approx(0.2)
-    assert all(a > b for a, b in zip(factors[10:], factors[11:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(factors[10:]))
 
 
 def test_wsd_at_key_steps():
@@ -31,7 +32,7 @@ def test_wsd_at_key_steps():
     assert factors[9:82] == [1.0] * 73
     assert factors[81] == 1 and factors[82] < 1
     assert factors[100] == pytest.approx(0)
-    falls = [a - b for a, b in zip(factors[81:], factors[82:], strict=False)]
+    falls = [a - b for a, b in itertools.pairwise(factors[81:])]
     assert falls == pytest.approx([falls[0]] * len(falls))
 
 
@@ -42,7 +43,7 @@ def test_continuous(name, steps, final):
     """No step moves the rate by more than the steepest line of its shape would."""
     factors = curve(steps, name=name, warmup_steps=steps // 10, final=final, decay_fraction=0.3)
     steepest = max(10 / steps, math.pi / 2 / (0.9 * steps - 1), 1 / (0.3 * steps - 1))
-    assert max(abs(a - b) for a, b in zip(factors, factors[1:], strict=False)) <= steepest * 1.001
+    assert max(abs(a - b) for a, b in itertools.pairwise(factors)) <= steepest * 1.001
     assert all(final - 1e-12 <= factor <= 1 for factor in factors[steps // 10 :])
 
 

@@ -161,7 +161,7 @@ def test_several_in_a_row_end_the_run(tmp_path, late):
     run, report = Run(), report_of(tmp_path, 3, late)
     poison = 1.0
     run.model.model.norm.weight.register_hook(lambda gradient: gradient * poison)
-    with pytest.raises(TrainingStopped, match="not finite 3 steps in a row, up to step 6: lower optim.lr"):
+    with pytest.raises(TrainingStopped, match=r"not finite 3 steps in a row, up to step 6: lower optim\.lr"):
         for step in range(1, 20):
             poison = 1.0 if step in (1, 3) else float("nan")  # one alone, then three
             report.step(step, 0.1, run.step([batch(*ROWS)], 1.0, False))

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from qlatrain.config import ModelConfig, OptimConfig, ParallelConfig
-from qlatrain.data.packing import IGNORE_INDEX, PackedBatch, Position, Row
+from qlatrain.data.packing import IGNORE_INDEX, PackedBatch, Row, StreamPosition
 from qlatrain.models import HybridForCausalLM
 from qlatrain.parallel import Layout
 from qlatrain.training.optimizer import Optimizers
@@ -49,7 +49,7 @@ def row(*lengths: int, seed: int = 0) -> Row:
     tokens = np.random.default_rng(seed).integers(VOCABULARY, size=sum(lengths)).astype(np.int32)
     labels = np.roll(tokens, -1)
     labels[np.cumsum(lengths) - 1] = IGNORE_INDEX
-    return Row(tokens, labels, list(lengths), Position())
+    return Row(tokens, labels, list(lengths), StreamPosition.beginning(1))
 
 
 def batch(*rows: Row) -> PackedBatch:

@@ -5,6 +5,8 @@ Per value head, with decay γ_t = exp(g_t) and step size β_t (Yang et al. 2024,
     S_t = γ_t S_{t-1} + k_t ⊗ β_t (v_t − (γ_t S_{t-1})ᵀ k_t)        o_t = scale · S_tᵀ q_t
 """
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 
@@ -27,7 +29,7 @@ def recurrent_gated_delta_rule_reference(
     allow_neg_eigval: bool = False,
     cu_seqlens: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Arguments as `chunk_gated_delta_rule`. Differentiable. Returns o [B, T, Hv, V] and states [N, Hv, K, V], float64."""
+    """As `chunk_gated_delta_rule`, token by token; o [B, T, Hv, V] and states [N, Hv, K, V] in float64."""
     q, k, v, g, beta = (x.double() for x in (q, k, v, g, beta))
     batch, tokens, key_heads, key_dim = k.shape
     value_heads, value_dim = v.shape[2:]
@@ -45,14 +47,11 @@ def recurrent_gated_delta_rule_reference(
         documents = [(b, 0, tokens) for b in range(batch)]
     else:
         bounds = cu_seqlens.tolist()
-        documents = [(0, start, end) for start, end in zip(bounds[:-1], bounds[1:], strict=True)]
+        documents = [(0, start, end) for start, end in itertools.pairwise(bounds)]
     rows: list[list[torch.Tensor]] = [[] for _ in range(batch)]
     states = []
     for n, (b, start, end) in enumerate(documents):
-        if initial_state is None:
-            state = q.new_zeros(value_heads, key_dim, value_dim)
-        else:
-            state = initial_state[n].double()
+        state = q.new_zeros(value_heads, key_dim, value_dim) if initial_state is None else initial_state[n].double()
         for t in range(start, end):
             state = state * g[b, t].exp()[:, None, None]
             error = (v[b, t] - torch.einsum("hkv,hk->hv", state, k[b, t])) * beta[b, t][:, None]

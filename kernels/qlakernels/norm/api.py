@@ -19,7 +19,7 @@ def rms_norm_gated(
         eps: added to the mean square.
 
     Returns:
-        [..., D] in x's dtype. The normalised x is rounded to x's dtype before the weight, as transformers' Qwen3.5 does.
+        [..., D] in x's dtype. The normalised x is rounded to x's dtype before the weight, as in transformers' Qwen3.5.
 
     Raises:
         ValueError: naming the argument that does not fit.

@@ -47,7 +47,9 @@ def test_one_line_and_nothing_touched(case: Case, trainer, finished_run, tmp_pat
     if case.code == 2:
         assert done.out == "" and not place.run.exists()
     row = case.row(place, arguments, done)
-    assert without_quotes(row) in DOCUMENTED, f"docs/bad_input.md has another line; bad_input_cases.py writes it:\n{row}"
+    assert without_quotes(row) in DOCUMENTED, (
+        f"docs/bad_input.md has another line; bad_input_cases.py writes it:\n{row}"
+    )
 
 
 def test_the_document_lists_these_cases():
