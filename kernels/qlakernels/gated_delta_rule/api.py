@@ -52,7 +52,7 @@ def chunk_gated_delta_rule(
         cu_seqlens_cpu: the same boundaries on the host, for callers that have them: spares a device wait.
 
     Returns:
-        o [B, T, Hv, V] in v's dtype, and the final states [N, Hv, K, V] in float32 (float64 for float64 inputs), or None.
+        o [B, T, Hv, V] in v's dtype; the final states [N, Hv, K, V], float32 (float64 for float64 inputs), or None.
 
     Raises:
         ValueError: an argument does not fit; the message names it, its value and what is accepted.
