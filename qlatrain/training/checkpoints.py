@@ -90,8 +90,9 @@ class Checkpoints:
             write_json(aside / "state.json", content)
 
     def _drop_old(self) -> None:
-        half_written = self.folder.glob(".step-*")  # by a run that was killed meanwhile
-        for folder in (*complete_checkpoints(self.folder)[: -self.keep], *half_written):
+        for folder in complete_checkpoints(self.folder)[: -self.keep]:
+            folder.rename(folder.parent / f".{folder.name}.dropped")  # killed in between, it is no half checkpoint
+        for folder in self.folder.glob(".step-*"):  # those, and what a killed run left half written
             shutil.rmtree(folder)
 
     def _gather_random_states(self) -> list[dict[str, torch.Tensor]]:
