@@ -1,0 +1,77 @@
+"""What the Hopper kernels share: the chunk, the index map from slots to documents, and the layouts of fragments.
+
+A document n of tokens cu[n] to cu[n + 1] owns the slots base(n) = ⌊cu[n] / C⌋ + n and onwards, one for each of its
+chunks of C tokens. Slots of different documents never meet, whatever their lengths, so a grid of ⌊tokens / C⌋ + N
+slots reaches every chunk without a prefix sum over the documents, and nothing on the host depends on `cu_seqlens`.
+"""
+
+import tilelang
+import tilelang.language as T
+from tvm import DataType
+from tilelang.cuda.intrinsics.macro.wgmma_macro_generator import (
+    TensorCoreIntrinEmitter as WgmmaEmitter,
+)
+from tilelang.layout import Fragment
+
+if tilelang.__version__.startswith("0.1.15"):
+    # It fences the accumulators of all warpgroups in each of them, which reads past the end of a thread's registers
+    # and spills them: with one accumulator over two warpgroups, 1,188 bytes in the forward.
+    WgmmaEmitter.wgmma_accum_regs = property(
+        lambda self: (
+            self.wgmma_num_inst_m * self.warp_cols * self.local_size_out * DataType(self.accum_dtype).bits // 32
+        )
+    )
+
+CHUNK = 64
+TARGET = {"kind": "cuda", "arch": "sm_90a"}
+STATE_STRIDE = 256  # tokens between the states that the forward keeps for the backward
+BETA_MIN = {"bfloat16": 2.0**-16, "float16": 2.0**-8}  # what W and dv are divided by must be a number of their dtype
+LOG2E = 1.4426950408889634
+L2_EPS = 1e-6
+
+
+@T.macro
+def find_document(cu_seqlens, documents, slot, steps, stride, place):
+    """place[0] ← the largest n with ⌊cu[n] / stride⌋ + n ≤ slot, in `steps` halvings; place is a local int32 [3]."""
+    place[0] = 0
+    place[1] = documents
+    for _ in T.serial(steps):
+        if place[1] - place[0] > 1:
+            place[2] = (place[0] + place[1]) // 2
+            if cu_seqlens[place[2]] // stride + place[2] <= slot:
+                place[0] = place[2]
+            else:
+                place[1] = place[2]
+
+
+@T.macro
+def load_tail(tile, stage, source, first, head, column, left, width):
+    """tile[stage] ← rows `first` and onwards of source[:, head, column:column + width], of which `left` exist; else 0.
+
+    By a warp. Rows behind the end of a document belong to the next one: a product with them must not happen, as
+    0 · NaN is NaN.
+    """
+    for row in T.serial(CHUNK):
+        for j in T.Parallel(width):
+            tile[stage, row, j] = T.if_then_else(row < left, source[first + row, head, column + j], 0)
+
+
+@T.macro
+def load_tail_of(tile, source, first, head, column, left, width):
+    """As `load_tail`, for a tile of one stage."""
+    for row in T.serial(CHUNK):
+        for j in T.Parallel(width):
+            tile[row, j] = T.if_then_else(row < left, source[first + row, head, column + j], 0)
+
+
+def transposed_accumulator(rows: int) -> Fragment:
+    """Layout of a [CHUNK, rows] fragment whose elements lie where a wgmma accumulator [rows, CHUNK] has them.
+
+    64 rows belong to each warpgroup. With it a copy to or from shared memory becomes stmatrix or ldmatrix, transposed.
+    """
+
+    def place(token, row):
+        thread = row // 64 * 128 + row % 64 // 16 * 32 + row % 8 * 4 + token % 8 // 2
+        return thread, token // 8 * 4 + row % 16 // 8 * 2 + token % 2
+
+    return Fragment((CHUNK, rows), forward_fn=place)
