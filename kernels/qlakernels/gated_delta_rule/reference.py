@@ -48,14 +48,20 @@ def recurrent_gated_delta_rule_reference(
     else:
         bounds = cu_seqlens.tolist()
         documents = [(0, start, end) for start, end in itertools.pairwise(bounds)]
+    device = q.device
+    # tokens taken apart once: the backward of x[b, t] would fill a whole x for each token
+    q, k, v, g, beta = ([row.unbind(0) for row in x.unbind(0)] for x in (q, k, v, g, beta))
     rows: list[list[torch.Tensor]] = [[] for _ in range(batch)]
     states = []
     for n, (b, start, end) in enumerate(documents):
-        state = q.new_zeros(value_heads, key_dim, value_dim) if initial_state is None else initial_state[n].double()
+        if initial_state is None:
+            state = torch.zeros(value_heads, key_dim, value_dim, dtype=torch.float64, device=device)
+        else:
+            state = initial_state[n].double()
         for t in range(start, end):
-            state = state * g[b, t].exp()[:, None, None]
-            error = (v[b, t] - torch.einsum("hkv,hk->hv", state, k[b, t])) * beta[b, t][:, None]
-            state = state + k[b, t][:, :, None] * error[:, None, :]
-            rows[b].append(torch.einsum("hkv,hk->hv", state, q[b, t]) * scale)
+            state = state * g[b][t].exp()[:, None, None]
+            error = (v[b][t] - torch.einsum("hkv,hk->hv", state, k[b][t])) * beta[b][t][:, None]
+            state = state + k[b][t][:, :, None] * error[:, None, :]
+            rows[b].append(torch.einsum("hkv,hk->hv", state, q[b][t]) * scale)
         states.append(state)
     return torch.stack([torch.stack(row) for row in rows]), torch.stack(states)
