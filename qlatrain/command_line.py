@@ -12,9 +12,12 @@ from hydra.errors import ConfigCompositionException, HydraException, MissingConf
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from qlatrain.config import PretrainConfig, nearest, validate
+from qlatrain.bench.config import BenchKernelsConfig
+from qlatrain.checks import nearest
+from qlatrain.config import PretrainConfig
 
-SCHEMAS = {"pretrain": PretrainConfig}  # one for each recipe
+# one for each recipe: a dataclass with a method `validate`, which raises ValueError
+SCHEMAS = {"pretrain": PretrainConfig, "bench_kernels": BenchKernelsConfig}
 
 
 def register_schemas() -> None:
@@ -31,17 +34,19 @@ def check(config_dir: Path, config_name: str, overrides: list[str]) -> None:
     """
     try:
         with initialize_config_dir(str(config_dir), version_base="1.3"):
-            validate(to_schema(compose(config_name, overrides)))
+            to_schema(compose(config_name, overrides)).validate()
     except (HydraException, OmegaConfBaseException) as error:
-        raise ValueError(one_sentence(error, config_dir)) from error
+        known = all_keys(_schema_in(config_dir / f"{config_name}.yaml"))
+        raise ValueError(one_sentence(error, config_dir, known)) from error
 
 
-def to_schema(config) -> PretrainConfig:
-    """The composed config as its dataclass, every interpolation resolved."""
+def to_schema(config):
+    """The composed config as the dataclass of its recipe, every interpolation resolved."""
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise ValueError(f"{missing[0]} has no value: give it on the command line or in the config file")
-    known = set(all_keys())
+    schema = OmegaConf.get_type(config)
+    known = all_keys(schema)
     for key in _keys(config):
         if key not in known:  # a key added with +key=value, which Hydra lets through
             raise ValueError(f"{key} is not a config key{nearest(key, known)}")
@@ -50,7 +55,15 @@ def to_schema(config) -> PretrainConfig:
         raise ValueError(
             f"recipe={config.recipe} is not there: choose one of {recipes}{nearest(config.recipe, SCHEMAS)}"
         )
+    if schema is not SCHEMAS[config.recipe]:
+        raise ValueError(f"recipe={config.recipe} has other keys than this config: use --config-name {config.recipe}")
     return OmegaConf.to_object(config)
+
+
+def _schema_in(config_file: Path) -> type:
+    """The schema of the recipe that a config file names: what to look for nearest keys in when it does not compose."""
+    recipe = OmegaConf.load(config_file).get("recipe") if config_file.is_file() else None
+    return SCHEMAS.get(recipe, PretrainConfig)
 
 
 def _keys(config, prefix: str = "") -> list[str]:
@@ -63,8 +76,8 @@ def _keys(config, prefix: str = "") -> list[str]:
     return keys
 
 
-def one_sentence(error: Exception, config_dir: Path) -> str:
-    """What Hydra or OmegaConf found wrong, with the nearest valid name."""
+def one_sentence(error: Exception, config_dir: Path, known: list[str]) -> str:
+    """What Hydra or OmegaConf found wrong, with the nearest valid name. known: every key that the config could have."""
     cause = error
     while isinstance(cause, ConfigCompositionException) and isinstance(cause.__cause__, Exception):
         cause = cause.__cause__
@@ -75,7 +88,7 @@ def one_sentence(error: Exception, config_dir: Path) -> str:
     text = " ".join(str(cause).split())
     key = getattr(cause, "full_key", None) or _first(r"full_key: (\S+)", text)
     if key and re.search(r"not in|is not in struct", text):
-        return f"{key} is not a config key{nearest(key, all_keys())}"
+        return f"{key} is not a config key{nearest(key, known)}"
     value = re.search(r"Value '(.*?)' (?:of type '\w+' could not be converted to|is not a valid) (\w+)", text)
     if key and value:
         return f"{key}={value[1]} is not of type {value[2].lower()}"
@@ -95,7 +108,7 @@ def _missing_config(error: MissingConfigException, config_dir: Path) -> str:
     return f"{what} is not there: choose one of {', '.join(options)}{nearest(name, options)}"
 
 
-def all_keys(schema: type = PretrainConfig, prefix: str = "") -> list[str]:
+def all_keys(schema: type, prefix: str = "") -> list[str]:
     """Every key of a schema, such as `train.steps`."""
     keys = []
     hints = get_type_hints(schema)

@@ -1,13 +1,14 @@
-"""The schema of every config group: typed dataclasses, checked before anything starts.
+"""The schema of pretraining and of every config group: typed dataclasses, checked before anything starts.
 
-`configs/*.yaml` fill these in; Hydra refuses a key or a type that is not here, and `validate` refuses
-combinations that cannot run. The groups are `model`, `data`, `optim`, `schedule`, `parallel`, `track`, `kernel`.
+`configs/*.yaml` fill these in; Hydra refuses a key or a type that is not here, and the `validate` of a recipe's schema
+refuses combinations that cannot run. Groups: `model`, `data`, `optim`, `schedule`, `parallel`, `track`, `kernel`.
 """
 
-import difflib
 from dataclasses import dataclass, field
 
 from omegaconf import MISSING
+
+from qlatrain.checks import check_values, nearest, value_at
 
 LAYER_KINDS = ("gdn", "attn")
 
@@ -178,6 +179,13 @@ class PretrainConfig:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
 
+    def validate(self) -> None:
+        """Raises ValueError, one sentence naming the key, for values and combinations that cannot run."""
+        check_values(self, CHOICES, AT_LEAST)
+        _validate_model(self.model)
+        _validate_training(self)
+        _validate_data(self.data)
+
 
 CHOICES = {
     "data.source": ("stdlib", "text", "hf"),
@@ -220,24 +228,8 @@ AT_LEAST = {
 }
 
 
-def nearest(value: object, options) -> str:
-    """`; did you mean X?` when one of the options is close to the value, else nothing."""
-    close = difflib.get_close_matches(str(value), [str(option) for option in options], n=1)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
-def validate(config: PretrainConfig) -> None:
-    """Raises ValueError, one sentence naming the key, for values and combinations that cannot run."""
-    for key, options in CHOICES.items():
-        value = _value(config, key)
-        if value not in options:
-            accepted = ", ".join("null" if option is None else option for option in options)
-            raise ValueError(f"{key}={value} is not one of {accepted}{nearest(value, options)}")
-    for key, least in AT_LEAST.items():
-        if _value(config, key) < least:
-            raise ValueError(f"{key}={_value(config, key)} is below {least}, the least it can be")
-    _validate_model(config.model)
-    train, data = config.train, config.data
+def _validate_training(config: PretrainConfig) -> None:
+    train = config.train
     if train.global_batch_size % train.micro_batch_size:
         raise ValueError(
             f"train.global_batch_size={train.global_batch_size} is not a multiple of "
@@ -249,10 +241,13 @@ def validate(config: PretrainConfig) -> None:
             "make it smaller"
         )
     for key in ("schedule.final", "schedule.decay_fraction"):
-        if not 0 <= _value(config, key) <= 1:
-            raise ValueError(f"{key}={_value(config, key)} is not between 0 and 1")
+        if not 0 <= value_at(config, key) <= 1:
+            raise ValueError(f"{key}={value_at(config, key)} is not between 0 and 1")
     if train.max_grad_norm <= 0:
         raise ValueError(f"train.max_grad_norm={train.max_grad_norm} is not above 0; use inf not to clip")
+
+
+def _validate_data(data: DataConfig) -> None:
     if not 0 < data.validation_fraction < 1:
         raise ValueError(
             f"data.validation_fraction={data.validation_fraction} is not between 0 and 1: it is the part of the "
@@ -289,9 +284,3 @@ def _validate_model(model: ModelConfig) -> None:
             f"model.partial_rotary_factor={model.partial_rotary_factor} rotates {rotated:g} of "
             f"model.head_dim={model.head_dim} dimensions: it must be an even number of them"
         )
-
-
-def _value(config: PretrainConfig, key: str):
-    for name in key.split("."):
-        config = getattr(config, name)
-    return config

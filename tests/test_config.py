@@ -10,8 +10,9 @@ import torch
 import yaml
 from hydra import compose, initialize_config_dir
 
+from qlatrain.checks import nearest
 from qlatrain.command_line import all_keys, check, register_schemas, to_schema
-from qlatrain.config import AT_LEAST, CHOICES, ModelConfig, PretrainConfig, nearest, validate
+from qlatrain.config import AT_LEAST, CHOICES, ModelConfig, PretrainConfig
 from qlatrain.metrics.flops import FlopCounter
 from qlatrain.models import HybridForCausalLM
 
@@ -52,7 +53,7 @@ def leaves(schema: type = PretrainConfig, prefix: str = "") -> dict[str, object]
 
 def test_defaults_are_valid():
     config = composed()
-    validate(config)
+    config.validate()
     assert isinstance(config, PretrainConfig) and isinstance(config.model, ModelConfig)
     assert config.run.dir == "runs/pretrain-tiny"
 
@@ -96,8 +97,8 @@ TYPED = sorted(key for key, kind in leaves().items() if kind in KINDS)
 
 
 def test_keys():
-    assert set(leaves()) < set(all_keys())
-    assert set(all_keys()) - set(leaves()) == {
+    assert set(leaves()) < set(all_keys(PretrainConfig))
+    assert set(all_keys(PretrainConfig)) - set(leaves()) == {
         item.name for item in fields(PretrainConfig) if is_dataclass(get_type_hints(PretrainConfig)[item.name])
     }
     assert len(TYPED) > 40 and (set(CHOICES) | set(AT_LEAST)) <= set(leaves())

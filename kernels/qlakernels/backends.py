@@ -37,6 +37,14 @@ class Backend:
     run: Callable
 
 
+class BackendRefused(ValueError):
+    """A backend that was asked for by name cannot run the call; `reason` says why in a few words."""
+
+    def __init__(self, operator: str, name: str, reason: str):
+        super().__init__(f"backend={name!r} of {operator} cannot run here: {reason}; use backend='auto'")
+        self.reason = reason
+
+
 _registry: dict[str, dict[str, Backend]] = {}
 _decided: dict[tuple, str] = {}
 _said: set[str] = set()
@@ -55,7 +63,8 @@ def select(operator: str, name: str, call: Call) -> Backend:
     """The backend that runs `call`.
 
     Raises:
-        ValueError: `name` is not a backend of `operator`, or it was asked for and cannot run this call.
+        ValueError: `name` is not a backend of `operator`, or it was asked for and cannot run this call (then a
+            BackendRefused).
     """
     backends = _registry[operator]
     key = (operator, name, call)
@@ -68,7 +77,7 @@ def select(operator: str, name: str, call: Call) -> Backend:
     if name != "auto":
         reason = backends[name].refuses(call)
         if reason is not None:
-            raise ValueError(f"backend={name!r} of {operator} cannot run here: {reason}; use backend='auto'")
+            raise BackendRefused(operator, name, reason)
         chosen, why = name, "asked for"
     else:
         refusals = {}

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -34,7 +35,17 @@ BF16_PEAKS = (
     (r"\bRTX 4090$", 165.2e12),
     (r"\bRTX 3090$", 71e12),
 )
-PACKAGES = ("torch", "tilelang", "transformers", "accelerate", "datasets", "triton", "wandb")
+PACKAGES = (
+    "torch",
+    "triton",
+    "tilelang",
+    "flash-linear-attention",
+    "flash-qla",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "wandb",
+)
 
 
 def peak_flops(device: torch.device | str, dtype: torch.dtype) -> tuple[float, str]:
@@ -81,25 +92,37 @@ def measured_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str
     return 2 * size**3 / seconds, how
 
 
+def measured_bandwidth(device: torch.device) -> tuple[float, str]:
+    """Best bytes a second of a copy, read and written bytes counted both: `(bytes_per_second, how)`."""
+    size = 2**30 if device.type == "cuda" else 2**27  # far beyond any cache
+    source, target = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
+    seconds = _best_seconds(lambda: target.copy_(source), device, repeats=10)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_model() or device.type
+    return 2 * size / seconds, f"measured on {name}: best copy of {size / 2**20:.0f} MiB"
+
+
 def _matmul_seconds(size: int, device: torch.device, dtype: torch.dtype, repeats: int) -> float:
     """Best time of `repeats` products of two [size, size] matrices."""
     # a generator of our own: measuring must not move the random state of the run
     generator = torch.Generator(device).manual_seed(0)
     a, b = (torch.randn(size, size, device=device, generator=generator).to(dtype) for _ in range(2))
     out = torch.empty(size, size, device=device, dtype=dtype)
+    with torch.no_grad():
+        return _best_seconds(lambda: torch.mm(a, b, out=out), device, repeats)
 
+
+def _best_seconds(function: Callable[[], object], device: torch.device, repeats: int) -> float:
     def synchronize() -> None:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
     best = float("inf")
-    with torch.no_grad():
-        for _ in range(repeats):
-            synchronize()
-            start = time.perf_counter()
-            torch.mm(a, b, out=out)
-            synchronize()
-            best = min(best, time.perf_counter() - start)
+    for _ in range(repeats):
+        synchronize()
+        start = time.perf_counter()
+        function()
+        synchronize()
+        best = min(best, time.perf_counter() - start)
     return best
 
 
