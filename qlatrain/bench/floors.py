@@ -1,4 +1,4 @@
-"""The least time a call could take on this device: FLOPs and bytes by formula over ceilings measured in the same run."""
+"""The least time a call could take here: FLOPs and bytes by formula over ceilings measured in the same run."""
 
 from dataclasses import dataclass
 

@@ -4,6 +4,8 @@ Legend: B batch, T tokens, Hk key heads, Hv value heads, r = Hv / Hk, K and V he
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -82,9 +84,9 @@ class GatedDeltaRule:
         states = shape.all_tokens * shape.value_heads * shape.key_dim * shape.value_dim
         if states <= RECURRENCE_ELEMENTS:
             self._checked_key_heads = list(range(shape.key_heads))
-            return self._with_gradients(self._recurrence, self.leaves, self.cotangent, torch.float64), (
-                "token by token in float64"
-            )
+            with _one_thread():
+                tensors = self._with_gradients(self._recurrence, self.leaves, self.cotangent, torch.float64)
+            return tensors, "token by token in float64"
         count = min(most_key_heads or shape.key_heads, shape.key_heads)
         self._checked_key_heads = [round(i * (shape.key_heads - 1) / max(count - 1, 1)) for i in range(count)]
         parts = []
@@ -152,3 +154,14 @@ class GatedDeltaRule:
             bytes=heads * (element_bytes * (3 * value + 4 * key / shape.group) + 16),
         )
         return {"forward": forward, "backward": backward, "forward+backward": forward + backward}[direction]
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Thousands of tiny operations: on a CPU that others use too, waiting for threads made them 30 times slower."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -13,6 +13,7 @@ class Problem(Protocol):
     """An operator at one shape, with its inputs. Everything that differs from operator to operator is in here."""
 
     short: str  # the operator's name in keys such as `gdn/fwd/8x4096_16-32/tilelang/ms`
+    shape: Shape
     leaves: dict[str, torch.Tensor]  # the inputs whose gradients are wanted
     cotangent: torch.Tensor  # of the output
 

@@ -1,0 +1,182 @@
+"""What a person reads of a benchmark: a line for each backend while it runs, and the tables at the end.
+
+Plain lines and no moving bars, as everywhere here: a log file reads like the terminal did.
+"""
+
+import time
+from pathlib import Path
+
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from qlatrain.bench.floors import Ceilings
+from qlatrain.bench.results import SHORT_DIRECTIONS, Row
+from qlatrain.bench.shapes import Shape
+from qlatrain.metrics.console import RunConsole
+from qlatrain.metrics.throughput import format_duration
+
+STATUS_STYLES = {"wrong": "bold red", "failed": "yellow", "refused": "dim"}
+
+
+class BenchReport:
+    """
+    Args:
+        shapes, backends: how many there are, for the estimate.
+    """
+
+    def __init__(self, console: RunConsole, shapes: int, backends: int):
+        self._console, self._shapes, self._backends = console, shapes, backends
+        self._done, self._start = 0, time.monotonic()
+
+    def banner(self, name: str, run_dir: Path, device: str, ceilings: Ceilings) -> None:
+        """Where it runs and what the device reaches."""
+        console = self._console.console
+        console.rule(Text(f"qlatrain · {name}", style="bold"), align="left")
+        facts = Table.grid(padding=(0, 2))
+        facts.add_column(style="dim", no_wrap=True)
+        facts.add_row("run directory", str(run_dir))
+        facts.add_row("device", device)
+        facts.add_row("ceiling", f"{ceilings.flops_per_second / 1e12:,.3g} TFLOP/s, {ceilings.flops_how}")
+        facts.add_row("ceiling", f"{ceilings.bytes_per_second / 1e9:,.4g} GB/s, {ceilings.bytes_how}")
+        console.print(facts)
+        console.rule()
+
+    def checked(self, rows: list[Row]) -> None:
+        """The line of a backend that was run and checked at a shape, in every direction."""
+        first = rows[0]
+        states = {row.status for row in rows}
+        if states == {"ok"}:
+            worst = max(rows, key=lambda row: row.worst_error[1] / row.bars[row.worst_error[0]])
+            name, error = worst.worst_error
+            said = f"right, {name} off by {error:.1e} (bar {worst.bars[name]:.1e})"
+        else:
+            said = "; ".join(
+                f"{SHORT_DIRECTIONS[row.direction]} {_told(row)}" if len({r.reason for r in rows}) > 1 else _told(row)
+                for row in (rows if len({r.reason for r in rows}) > 1 else rows[:1])
+            )
+        self._line(first.shape, f"{first.backend:<9} {said}", "bold red" if "wrong" in states else "not bold")
+
+    def timed(self, rows: list[Row]) -> None:
+        """The line of a shape that is done: the fastest in each direction."""
+        best = [row for row in rows if row.best]
+        parts = [f"{SHORT_DIRECTIONS[row.direction]} {row.backend} {row.milliseconds:.4g} ms" for row in best]
+        self._line(rows[0].shape, f"fastest: {', '.join(parts) or 'none'}", "green")
+
+    def _line(self, shape: str, said: str, style: str) -> None:
+        self._done += 1
+        steps = self._shapes * (self._backends + 1)
+        left = (time.monotonic() - self._start) / self._done * (steps - self._done)
+        line = Text(f"{self._done:>{len(str(steps))}}/{steps}  {shape:<22}", style="bold")
+        line.append(f"  {said}", style=style)
+        line.append(f"  left {format_duration(left)}", style="not bold dim")
+        self._console.console.print(line, soft_wrap=True)
+
+    def tables(self, rows: list[Row], baseline: str, cold_starts: list[dict]) -> None:
+        """Speed; memory and correctness; reasons and notes, each said once."""
+        console = self._console.console
+        console.print(speed_table(rows, baseline))
+        console.print(check_table(rows))
+        if cold_starts:
+            console.print(cold_start_table(cold_starts))
+        for note in dict.fromkeys(f"{row.backend}: {row.note}" for row in rows if row.note):
+            self._console.note(note)
+
+    def files(self, files: dict[str, Path]) -> None:
+        for what, path in files.items():
+            self._console.note(f"{what:<10} {path}")
+
+
+def speed_table(rows: list[Row], baseline: str) -> Table:
+    """A line for each row; the fastest right one of a shape and direction is marked."""
+    table = _table("speed: median of the timed calls, quartiles beside it; * marks the fastest")
+    for heading in ("shape", "", "backend"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("ms", "quartiles", "tokens/s", "TFLOP/s", "GB/s", "of floor", f"× {baseline}"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    shown = None
+    for row in sorted(rows, key=lambda row: [r.shape for r in rows].index(row.shape)):
+        place = (row.shape, row.direction)
+        if shown is not None and place != shown:
+            table.add_section()
+        head = [escape(row.shape), SHORT_DIRECTIONS[row.direction]] if place != shown else ["", ""]
+        shown = place
+        if row.milliseconds is None:
+            table.add_row(*head, row.backend, Text(row.status, style=STATUS_STYLES[row.status]))
+            continue
+        table.add_row(
+            *head,
+            f"{row.backend} *" if row.best else row.backend,
+            f"{row.milliseconds:.4g}",
+            f"{row.milliseconds_lower:.4g}–{row.milliseconds_upper:.4g}",
+            _short(row.tokens_per_second),
+            f"{row.tflops_per_second:.3g}",
+            f"{row.gbytes_per_second:.4g}",
+            f"{100 * row.fraction_of_floor:.1f} %",
+            "" if row.ratio_to_baseline is None else f"{row.ratio_to_baseline:.2f}",
+            style="bold green" if row.best else "",
+        )
+    return table
+
+
+def check_table(rows: list[Row]) -> Table:
+    """A line for each shape and backend, from its most demanding direction; and why a row has no speed."""
+    table = _table("checks and memory")
+    for heading in ("shape", "backend"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("worst error", "its bar", "peak", "kept for backward", "first call"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("why it has no speed", overflow="fold")
+    last: dict[tuple[str, str], Row] = {}
+    for row in rows:
+        held = last.get((row.shape, row.backend))
+        if held is None or held.status == "ok":
+            last[row.shape, row.backend] = row
+    for row in sorted(last.values(), key=lambda row: list(dict.fromkeys(r.shape for r in rows)).index(row.shape)):
+        worst = row.worst_error
+        kept = row.kept_bytes_per_token_and_value_head
+        table.add_row(
+            escape(row.shape),
+            row.backend,
+            "" if worst is None else f"{worst[0]} {worst[1]:.1e}",
+            "" if worst is None else f"{row.bars[worst[0]]:.1e}",
+            "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:,.0f} MiB",
+            "" if kept is None else f"{kept:,.0f} B a token and head",
+            "" if row.first_call_seconds is None else f"{row.first_call_seconds:.2f} s",
+            Text(row.reason if row.status == "wrong" else _told(row), style=STATUS_STYLES.get(row.status, "")),
+        )
+    return table
+
+
+def cold_start_table(cold_starts: list[dict]) -> Table:
+    table = _table("first forward and backward of a fresh process, in seconds")
+    for heading in ("shape", "backend", "empty cache", "full cache", "why not"):
+        table.add_column(heading)
+    for start in cold_starts:
+        seconds = [start.get(f"{cache}_cache_seconds") for cache in ("empty", "full")]
+        shown = ["" if value is None else f"{value:.2f}" for value in seconds]
+        table.add_row(escape(start["shape"]), start["backend"], *shown, escape(start.get("reason", "")))
+    return table
+
+
+def names_of(shapes: list[Shape]) -> str:
+    return ", ".join(str(shape) for shape in shapes)
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+
+
+def _told(row: Row) -> str:
+    if row.status == "ok":
+        return ""
+    return row.reason if row.status == "wrong" else f"{row.status}: {row.reason}"
+
+
+def _short(value: float) -> str:
+    """1234567 → 1.23 M."""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.3g} {letter}"
+    return f"{value:.3g}"
