@@ -44,7 +44,9 @@ def expand_kernel(key_dim, value_dim, dtype):
             W_s = T.alloc_shared((C, rows), dtype)
             vec = T.alloc_shared((C,), "float32")
             S = T.alloc_fragment((rows, K), "float32")
-            S_r = T.alloc_fragment((rows, K), dtype)
+            S_s = T.alloc_shared((rows, K), dtype)
+            loaded, begun = T.alloc_barrier([32]), T.alloc_barrier([32])
+            thread = T.get_thread_binding()
             W_f = T.alloc_fragment((C, rows), dtype)
             left = T.alloc_fragment((rows, C), dtype)
             T.annotate_layout({W_f: transposed_accumulator(rows), W_s: make_full_bank_swizzled_layout(W_s)})
@@ -64,17 +66,20 @@ def expand_kernel(key_dim, value_dim, dtype):
             base = start // C + document
             columns = p * rows
             if chunk * C < length:
-                T.copy(states[slot, head, columns : columns + rows, :], S)
-                T.copy(S, S_r)
-                T.copy(S_r, every[base + chunk, head, columns : columns + rows, :])
+                if thread < 32:
+                    T.tma_copy(states[slot, head, columns : columns + rows, :], S_s, barrier=begun[0])
+                    T.barrier_arrive(begun[0])
+                T.barrier_wait(begun[0], 0)
+                T.copy(S_s, S)
+                T.copy(S_s, every[base + chunk, head, columns : columns + rows, :])
                 for step in T.serial(STATE_STRIDE // C - 1):
                     c = chunk + step
                     if (c + 1) * C < length:  # so chunk c is whole
                         first = start + c * C
-                        for i, j in T.Parallel(C, K):
-                            k_s[i, j] = k[first + i, group, j]
-                        for i, j in T.Parallel(C, rows):
-                            W_s[i, j] = T.if_then_else(columns + j < V, W[first + i, head, columns + j], 0)
+                        if thread < 32:
+                            T.tma_copy(W[first : first + C, head, columns : columns + rows], W_s, barrier=loaded[0])
+                            T.tma_copy(k[first : first + C, group, :], k_s, barrier=loaded[0])
+                            T.barrier_arrive(loaded[0])
                         for i in T.Parallel(C):
                             beta = gates[base + c, head, 1, i]
                             vec[i] = (
@@ -85,13 +90,14 @@ def expand_kernel(key_dim, value_dim, dtype):
                             )
                         gamma = T.alloc_var("float32")
                         gamma = T.exp2(gates[base + c, head, 0, C - 1] * LOG2E)
+                        T.barrier_wait(loaded[0], step % 2)
                         T.copy(W_s, W_f)
                         for i, j in T.Parallel(rows, C):
                             left[i, j] = T.cast(W_f[j, i], "float32") * vec[j]
                         for i, j in T.Parallel(rows, K):
                             S[i, j] *= gamma
                         T.gemm(left, k_s, S)
-                        T.copy(S, S_r)
-                        T.copy(S_r, every[base + c + 1, head, columns : columns + rows, :])
+                        T.copy(S, S_s)
+                        T.copy(S_s, every[base + c + 1, head, columns : columns + rows, :])
 
     return expand

@@ -10,11 +10,16 @@ fix = β/β̄ (1 unless β is tiny); sums run over the value heads of the group:
     dg_t = Σ_{i≥t} (c + d)_i + Σ_{j<t} e_j + γ_C ⟨S, dS⟩ + Σ_{i≥t>j} Z_ij
     c = q·(scale γχ dO Sᵀ)   d = −k·(γκ fix dV Sᵀ)   e = k·(ρκ fix W dSᵀ)   Z = F ∘ QKᵀ − H ∘ KKᵀ   (i > j)
 
-Every term of dg carries its own decay: nothing is subtracted that was added, so strong decay costs no digits.
+Every term of dg carries its own decay: nothing is subtracted that was added, so strong decay costs no digits. The sum
+of Z over rows is a product with a triangle of ones, Z in two bfloat16 parts; the sum over columns is a row sum.
 
-Persistent blocks take items (slot, key head). Two consumer warpgroups: the first makes F, dQ, c and γ_C⟨S, dS⟩, the
-second H, dK, d, e, dβ and from both sides dg. A producer warp brings tiles as their last reader leaves them.
-Values come in parts of `part` rows of S, so that V = 256 fits into shared memory.
+Persistent blocks take items (slot, key head). Three warpgroups:
+    first     F, dQ, c and its part of Z
+    second    H, dK, d, e, dβ, its part of Z; gathers dg
+    third     one warp brings tiles as their last reader leaves them; two make the chunk's vectors and ⟨S, dS⟩
+Values come in parts of `part` columns, so that V = 256 fits into shared memory.
+
+Registers of the first and second, at most: dQ 64, ΣF 32, F 32, dO Sᵀ 64.
 """
 
 import tilelang.language as T
@@ -27,7 +32,8 @@ from qlakernels.gated_delta_rule.hopper.common import (
     load_tail_of,
 )
 
-PAD = 1  # floats behind a row of Z: sums along rows and along columns then meet no bank twice
+VECTORS = 7
+TOTAL, ROW_Q, ROW_D, ROW_E, COLUMN, BETA, BAR = range(VECTORS)
 
 
 def gradients_kernel(key_dim, value_dim, part, dtype, l2norm):
@@ -71,10 +77,12 @@ def gradients_kernel(key_dim, value_dim, part, dtype, l2norm):
             dS_s = T.alloc_shared((part, K), dtype)
             F_s = T.alloc_shared((C, C), dtype)
             H_s = T.alloc_shared((C, C), dtype)
-            zq_s = T.alloc_shared((C, C + PAD), "float32")
-            zk_s = T.alloc_shared((C, C + PAD), "float32")
-            total_s = T.alloc_shared((C,), "float32")
-            beta_s = T.alloc_shared((C,), "float32")
+            ones_s = T.alloc_shared((C, C), "bfloat16")  # [t, i]: 1 where i ≥ t
+            zq_s = T.alloc_shared((C, C), "bfloat16")
+            zq_low_s = T.alloc_shared((C, C), "bfloat16")
+            zk_s = T.alloc_shared((C, C), "bfloat16")
+            zk_low_s = T.alloc_shared((C, C), "bfloat16")
+            vec = T.alloc_shared((VECTORS, C), "float32")
             chi_s = T.alloc_shared((C,), "float32")
             kappa_s = T.alloc_shared((C,), "float32")
             c_s = T.alloc_shared((C,), "float32")
@@ -82,34 +90,38 @@ def gradients_kernel(key_dim, value_dim, part, dtype, l2norm):
             e_s = T.alloc_shared((C,), "float32")
             crossing_q = T.alloc_shared((C,), "float32")
             crossing_k = T.alloc_shared((C,), "float32")
-            inner_s = T.alloc_shared((32,), "float32")
+            inner_s = T.alloc_shared((C,), "float32")
 
-            # the first consumer's
+            # the first warpgroup's
             dQ = T.alloc_fragment((C, K), "float32")
             F_sum = T.alloc_fragment((C, C), "float32")
             F = T.alloc_fragment((C, C), "float32")
             F_r = T.alloc_fragment((C, C), dtype)
             QK = T.alloc_fragment((C, C), "float32")
+            zq = T.alloc_fragment((C, C), "bfloat16")
             from_S = T.alloc_fragment((C, K), "float32")
             rows_q = T.alloc_fragment((C,), "float32")
             c_f = T.alloc_fragment((C,), "float32")
-            inner = T.alloc_fragment((32, K), "float32")
-            inner_rows = T.alloc_fragment((32,), "float32")
-            # the second consumer's
+            # the second's
             dK = T.alloc_fragment((C, K), "float32")
             H_sum = T.alloc_fragment((C, C), "float32")
             H = T.alloc_fragment((C, C), "float32")
             H_r = T.alloc_fragment((C, C), dtype)
             KK = T.alloc_fragment((C, C), "float32")
+            zk = T.alloc_fragment((C, C), "bfloat16")
             from_states = T.alloc_fragment((C, K), "float32")
             rows_k = T.alloc_fragment((C,), "float32")
             d_f = T.alloc_fragment((C,), "float32")
             e_f = T.alloc_fragment((C,), "float32")
+            # the third's
+            s_8 = T.alloc_local((8,), dtype)
+            ds_8 = T.alloc_local((8,), dtype)
 
-            keys_full, keys_empty = T.alloc_barrier([32]), T.alloc_barrier([256])
-            rows_full, rows_empty = T.alloc_barrier([32]), T.alloc_barrier([256])
-            S_full, S_empty = T.alloc_barrier([32]), T.alloc_barrier([256])
-            dS_full, dS_empty = T.alloc_barrier([32]), T.alloc_barrier([256])
+            keys_full, keys_empty = T.alloc_barrier([96]), T.alloc_barrier([256])
+            rows_full, rows_empty = T.alloc_barrier([96]), T.alloc_barrier([256])
+            S_full, S_empty = T.alloc_barrier([32]), T.alloc_barrier([320])
+            dS_full, dS_empty = T.alloc_barrier([32]), T.alloc_barrier([192])
+            inner_full, inner_empty = T.alloc_barrier([64]), T.alloc_barrier([128])
             sums_full, sums_empty = T.alloc_barrier([128]), T.alloc_barrier([128])
             F_full, F_empty = T.alloc_barrier([128]), T.alloc_barrier([128])
 
@@ -125,8 +137,13 @@ def gradients_kernel(key_dim, value_dim, part, dtype, l2norm):
             slot = T.alloc_var("int32")
             group = T.alloc_var("int32")
 
+            for i, j in T.Parallel(C, C):
+                ones_s[i, j] = T.if_then_else(j >= i, 1.0, 0.0)
+            T.fence_proxy_async()
+            T.sync_threads()
+
             if thread < 128:
-                T.set_max_nreg(232, 1)
+                T.set_max_nreg(224, 1)
                 for turn in T.serial(T.ceildiv(items - worker, workers)):
                     slot = (worker + turn * workers) // groups
                     group = (worker + turn * workers) % groups
@@ -140,25 +157,15 @@ def gradients_kernel(key_dim, value_dim, part, dtype, l2norm):
                         T.clear(F_sum)
                         for member in T.serial(ratio):
                             T.clear(c_f)
-                            T.clear(inner)
+                            T.clear(F)
                             for p in T.serial(parts):
                                 T.barrier_wait(rows_full[0], part_phase % 2)
-                                if p == 0:
-                                    T.gemm(do_s, W_s, F, transpose_B=True, clear_accum=True)
-                                else:
-                                    T.gemm(do_s, W_s, F, transpose_B=True)
+                                T.gemm(do_s, W_s, F, transpose_B=True)
                                 T.barrier_wait(S_full[0], part_phase % 2)
                                 T.gemm(do_s, S_s, from_S, clear_accum=True)
-                                T.barrier_wait(dS_full[0], part_phase % 2)
-                                for piece in T.serial(part // 32):
-                                    for i, j in T.Parallel(32, K):
-                                        inner[i, j] += T.cast(S_s[piece * 32 + i, j], "float32") * T.cast(
-                                            dS_s[piece * 32 + i, j], "float32"
-                                        )
                                 T.barrier_arrive(S_empty[0])
-                                T.barrier_arrive(dS_empty[0])
                                 for i, j in T.Parallel(C, K):
-                                    from_S[i, j] *= scale * chi_s[i] * T.exp2(total_s[i] * LOG2E)
+                                    from_S[i, j] *= vec[ROW_Q, i]
                                 for i, j in T.Parallel(C, K):
                                     dQ[i, j] += from_S[i, j]
                                 for i, j in T.Parallel(C, K):
@@ -172,38 +179,33 @@ def gradients_kernel(key_dim, value_dim, part, dtype, l2norm):
                             for i, j in T.Parallel(C, C):
                                 F[i, j] *= T.if_then_else(
                                     i >= j,
-                                    T.exp2((total_s[i] - total_s[j]) * LOG2E)
-                                    * (scale * chi_s[i])
-                                    * (kappa_s[j] * beta_s[j] / T.max(beta_s[j], BETA_MIN[dtype])),
+                                    T.exp2(vec[TOTAL, i] - vec[TOTAL, j]) * (scale * chi_s[i]) * vec[COLUMN, j],
                                     0.0,
                                 )
+                            T.barrier_arrive(rows_empty[0])
+                            part_phase += 1
                             for i, j in T.Parallel(C, C):
                                 F_sum[i, j] += F[i, j]
                             T.gemm(q_s, k_s, QK, transpose_B=True, clear_accum=True)
-                            T.barrier_wait(sums_empty[0], (head_phase + 1) % 2)
                             for i, j in T.Parallel(C, C):
-                                zq_s[i, j] = T.if_then_else(i > j, F[i, j] * QK[i, j], 0.0)
+                                QK[i, j] = T.if_then_else(i > j, F[i, j] * QK[i, j], 0.0)
+                            T.copy(QK, zq)
+                            T.copy(zq, zq_s)
+                            for i, j in T.Parallel(C, C):
+                                QK[i, j] -= T.cast(zq[i, j], "float32")
+                            T.copy(QK, zq)
+                            T.copy(zq, zq_low_s)
+                            T.fence_proxy_async()
+                            T.sync_threads(8, 128)
+                            T.gemm(ones_s, zq_s, F, clear_accum=True)
+                            T.gemm(ones_s, zq_low_s, F)
+                            for i, j in T.Parallel(C, C):
+                                F[i, j] = T.if_then_else(j < i, F[i, j], 0.0)
+                            T.reduce_sum(F, rows_q, dim=1)
+                            T.barrier_wait(sums_empty[0], (head_phase + 1) % 2)
+                            T.copy(rows_q, crossing_q)
                             T.copy(c_f, c_s)
-                            T.reduce_sum(inner, inner_rows, dim=1)
-                            T.copy(inner_rows, inner_s)
-                            T.sync_threads(8, 128)
-                            if thread < C:
-                                before = T.alloc_var("float32", init=0.0)
-                                here = T.alloc_var("float32")
-                                for j in T.serial(C):
-                                    here = zq_s[thread, j]
-                                    zq_s[thread, j] = before
-                                    before += here
-                            T.sync_threads(8, 128)
-                            if thread < C:
-                                below = T.alloc_var("float32", init=0.0)
-                                for i in T.serial(C):
-                                    if i >= thread:
-                                        below += zq_s[i, thread]
-                                crossing_q[thread] = below
                             T.barrier_arrive(sums_full[0])
-                            T.barrier_arrive(rows_empty[0])
-                            part_phase += 1
                             head_phase += 1
                         T.copy(F_sum, F_r)
                         T.barrier_wait(F_empty[0], (item_phase + 1) % 2)
@@ -223,7 +225,7 @@ def gradients_kernel(key_dim, value_dim, part, dtype, l2norm):
                                 dq[first + i, group, j] = dQ[i, j]
                         item_phase += 1
             elif thread < 256:
-                T.set_max_nreg(232, 1)
+                T.set_max_nreg(224, 1)
                 for turn in T.serial(T.ceildiv(items - worker, workers)):
                     slot = (worker + turn * workers) // groups
                     group = (worker + turn * workers) % groups
@@ -239,22 +241,15 @@ def gradients_kernel(key_dim, value_dim, part, dtype, l2norm):
                             head = group * ratio + member
                             T.clear(d_f)
                             T.clear(e_f)
+                            T.clear(H)
                             for p in T.serial(parts):
                                 T.barrier_wait(rows_full[0], part_phase % 2)
-                                if p == 0:
-                                    T.gemm(dv_s, W_s, H, transpose_B=True, clear_accum=True)
-                                else:
-                                    T.gemm(dv_s, W_s, H, transpose_B=True)
+                                T.gemm(dv_s, W_s, H, transpose_B=True)
                                 T.barrier_wait(S_full[0], part_phase % 2)
                                 T.gemm(dv_s, S_s, from_states, clear_accum=True)
                                 T.barrier_arrive(S_empty[0])
                                 for i, j in T.Parallel(C, K):
-                                    from_states[i, j] *= -(
-                                        T.exp2(total_s[i] * LOG2E)
-                                        * kappa_s[i]
-                                        * beta_s[i]
-                                        / T.max(beta_s[i], BETA_MIN[dtype])
-                                    )
+                                    from_states[i, j] *= vec[ROW_D, i]
                                 for i, j in T.Parallel(C, K):
                                     dK[i, j] += from_states[i, j]
                                 for i, j in T.Parallel(C, K):
@@ -266,12 +261,7 @@ def gradients_kernel(key_dim, value_dim, part, dtype, l2norm):
                                 T.gemm(W_s, dS_s, from_states, clear_accum=True)
                                 T.barrier_arrive(dS_empty[0])
                                 for i, j in T.Parallel(C, K):
-                                    from_states[i, j] *= (
-                                        T.exp2((total_s[C - 1] - total_s[i]) * LOG2E)
-                                        * kappa_s[i]
-                                        * beta_s[i]
-                                        / T.max(beta_s[i], BETA_MIN[dtype])
-                                    )
+                                    from_states[i, j] *= vec[ROW_E, i]
                                 for i, j in T.Parallel(C, K):
                                     dK[i, j] += from_states[i, j]
                                 for i, j in T.Parallel(C, K):
@@ -279,67 +269,66 @@ def gradients_kernel(key_dim, value_dim, part, dtype, l2norm):
                                 T.reduce_sum(from_states, rows_k, dim=1)
                                 for i in T.Parallel(C):
                                     e_f[i] += rows_k[i]
-                                for i, j in T.Parallel(C, part):
-                                    if i < size and p * part + j < V and beta_s[i] < BETA_MIN[dtype]:
-                                        dv[first + i, head, p * part + j] = (
-                                            T.cast(dv_s[i, j], "float32") * beta_s[i] / BETA_MIN[dtype]
-                                        )
+                                for row in T.serial(C):
+                                    if vec[BETA, row] < vec[BAR, row]:
+                                        if row < size:
+                                            for j in T.Parallel(part):
+                                                if p * part + j < V:
+                                                    dv[first + row, head, p * part + j] = (
+                                                        T.cast(dv_s[row, j], "float32") * vec[BETA, row] / vec[BAR, row]
+                                                    )
                                 if p < parts - 1:
                                     T.barrier_arrive(rows_empty[0])
                                     part_phase += 1
                             for i, j in T.Parallel(C, C):
                                 if i == j and i < size:
-                                    dbeta[first + i, head] = H[i, j] / (
-                                        T.max(beta_s[i], BETA_MIN[dtype]) * T.max(beta_s[i], BETA_MIN[dtype])
-                                    )
+                                    dbeta[first + i, head] = H[i, j] / (vec[BAR, i] * vec[BAR, i])
                             for i, j in T.Parallel(C, C):
                                 H[i, j] *= T.if_then_else(
                                     i > j,
-                                    T.exp2((total_s[i] - total_s[j]) * LOG2E)
-                                    * (kappa_s[i] * beta_s[i] / T.max(beta_s[i], BETA_MIN[dtype]))
-                                    * (kappa_s[j] * beta_s[j] / T.max(beta_s[j], BETA_MIN[dtype])),
+                                    T.exp2(vec[TOTAL, i] - vec[TOTAL, j]) * vec[COLUMN, i] * vec[COLUMN, j],
                                     0.0,
                                 )
+                            gamma = T.alloc_var("float32")
+                            gamma = T.exp2(vec[TOTAL, C - 1])
+                            T.barrier_arrive(rows_empty[0])
+                            part_phase += 1
                             for i, j in T.Parallel(C, C):
                                 H_sum[i, j] -= H[i, j]
                             T.gemm(k_s, k_s, KK, transpose_B=True, clear_accum=True)
                             for i, j in T.Parallel(C, C):
-                                zk_s[i, j] = -H[i, j] * KK[i, j]
+                                KK[i, j] *= -H[i, j]
+                            T.copy(KK, zk)
+                            T.copy(zk, zk_s)
+                            for i, j in T.Parallel(C, C):
+                                KK[i, j] -= T.cast(zk[i, j], "float32")
+                            T.copy(KK, zk)
+                            T.copy(zk, zk_low_s)
+                            T.fence_proxy_async()
                             T.copy(d_f, d_s)
                             T.copy(e_f, e_s)
                             T.sync_threads(9, 128)
-                            if thread < 128 + C:
-                                prefix = T.alloc_var("float32", init=0.0)
-                                value = T.alloc_var("float32")
-                                for j in T.serial(C):
-                                    value = zk_s[thread - 128, j]
-                                    zk_s[thread - 128, j] = prefix
-                                    prefix += value
-                            T.sync_threads(9, 128)
-                            if thread < 128 + C:
-                                under = T.alloc_var("float32", init=0.0)
-                                for i in T.serial(C):
-                                    if i >= thread - 128:
-                                        under += zk_s[i, thread - 128]
-                                crossing_k[thread - 128] = under
+                            T.gemm(ones_s, zk_s, KK, clear_accum=True)
+                            T.gemm(ones_s, zk_low_s, KK)
+                            for i, j in T.Parallel(C, C):
+                                KK[i, j] = T.if_then_else(j < i, KK[i, j], 0.0)
+                            T.reduce_sum(KK, rows_k, dim=1)
+                            T.copy(rows_k, crossing_k)
+                            T.barrier_wait(inner_full[0], head_phase % 2)
                             T.barrier_wait(sums_full[0], head_phase % 2)
+                            T.sync_threads(9, 128)
                             if thread < 128 + C:
                                 t = thread - 128
                                 inside = T.alloc_var("float32", init=0.0)
-                                for i in T.serial(32):
+                                sum_g = T.alloc_var("float32", init=0.0)
+                                for i in T.unroll(C):
                                     inside += inner_s[i]
-                                sum_g = T.alloc_var("float32")
-                                sum_g = inside * T.exp2(total_s[C - 1] * LOG2E) + crossing_q[t] + crossing_k[t]
-                                for i in T.serial(C):
-                                    if i >= t:
-                                        sum_g += c_s[i] + d_s[i]
-                                    else:
-                                        sum_g += e_s[i]
+                                for i in T.unroll(C):
+                                    sum_g += T.if_then_else(i >= t, c_s[i] + d_s[i], e_s[i])
                                 if t < size:
-                                    dg[first + t, head] = sum_g
+                                    dg[first + t, head] = sum_g + inside * gamma + crossing_q[t] + crossing_k[t]
+                            T.barrier_arrive(inner_empty[0])
                             T.barrier_arrive(sums_empty[0])
-                            T.barrier_arrive(rows_empty[0])
-                            part_phase += 1
                             head_phase += 1
                         T.copy(H_sum, H_r)
                         T.copy(H_r, H_s)
@@ -362,7 +351,7 @@ def gradients_kernel(key_dim, value_dim, part, dtype, l2norm):
                                 dk[first + i, group, j] = dK[i, j]
                         item_phase += 1
             else:
-                T.set_max_nreg(40, 0)
+                T.set_max_nreg(56, 0)
                 if thread < 256 + 32:
                     for turn in T.serial(T.ceildiv(items - worker, workers)):
                         slot = (worker + turn * workers) // groups
@@ -380,52 +369,84 @@ def gradients_kernel(key_dim, value_dim, part, dtype, l2norm):
                                 load_tail_of(q_s, q, first, group, 0, size, K)
                                 load_tail_of(k_s, k, first, group, 0, size, K)
                                 T.fence_proxy_async()
-                            for i in T.Parallel(C):
-                                chi_s[i] = norms[slot, group, 0, i]
-                            for i in T.Parallel(C):
-                                kappa_s[i] = norms[slot, group, 1, i]
                             T.barrier_arrive(keys_full[0])
+                            item_phase += 1
                             for member in T.serial(ratio):
                                 head = group * ratio + member
                                 for p in T.serial(parts):
+                                    columns = p * part
                                     T.barrier_wait(rows_empty[0], (part_phase + 1) % 2)
                                     if size >= C:
-                                        T.tma_copy(
-                                            do[first : first + C, head, p * part : p * part + part],
-                                            do_s,
-                                            barrier=rows_full[0],
-                                        )
-                                        T.tma_copy(
-                                            W[first : first + C, head, p * part : p * part + part],
-                                            W_s,
-                                            barrier=rows_full[0],
-                                        )
-                                        T.tma_copy(
-                                            dv[first : first + C, head, p * part : p * part + part],
-                                            dv_s,
-                                            barrier=rows_full[0],
-                                        )
+                                        T.tma_copy(do[first : first + C, head, columns : columns + part], do_s, barrier=rows_full[0])
+                                        T.tma_copy(W[first : first + C, head, columns : columns + part], W_s, barrier=rows_full[0])
+                                        T.tma_copy(dv[first : first + C, head, columns : columns + part], dv_s, barrier=rows_full[0])
                                     else:
-                                        load_tail_of(do_s, do, first, head, p * part, size, part)
-                                        load_tail_of(W_s, W, first, head, p * part, size, part)
-                                        load_tail_of(dv_s, dv, first, head, p * part, size, part)
+                                        load_tail_of(do_s, do, first, head, columns, size, part)
+                                        load_tail_of(W_s, W, first, head, columns, size, part)
+                                        load_tail_of(dv_s, dv, first, head, columns, size, part)
                                         T.fence_proxy_async()
-                                    for i in T.Parallel(C):
-                                        total_s[i] = gates[slot, head, 0, i]
-                                    for i in T.Parallel(C):
-                                        beta_s[i] = gates[slot, head, 1, i]
                                     T.barrier_arrive(rows_full[0])
                                     T.barrier_wait(S_empty[0], (part_phase + 1) % 2)
-                                    T.tma_copy(
-                                        states[slot, head, p * part : p * part + part, :], S_s, barrier=S_full[0]
-                                    )
+                                    T.tma_copy(states[slot, head, columns : columns + part, :], S_s, barrier=S_full[0])
                                     T.barrier_arrive(S_full[0])
                                     T.barrier_wait(dS_empty[0], (part_phase + 1) % 2)
-                                    T.tma_copy(
-                                        d_states[slot, head, p * part : p * part + part, :], dS_s, barrier=dS_full[0]
-                                    )
+                                    T.tma_copy(d_states[slot, head, columns : columns + part, :], dS_s, barrier=dS_full[0])
                                     T.barrier_arrive(dS_full[0])
                                     part_phase += 1
+                elif thread < 256 + 96:
+                    for turn in T.serial(T.ceildiv(items - worker, workers)):
+                        slot = (worker + turn * workers) // groups
+                        group = (worker + turn * workers) % groups
+                        find_document(cu_seqlens, documents, slot, steps, C, place)
+                        document = place[0]
+                        first = cu_seqlens[document] + (slot - cu_seqlens[document] // C - document) * C
+                        size = cu_seqlens[document + 1] - first
+                        if size > 0:
+                            u = thread - 288
+                            chi = norms[slot, group, 0, u]
+                            kappa = norms[slot, group, 1, u]
+                            T.barrier_wait(keys_empty[0], (item_phase + 1) % 2)
+                            chi_s[u] = chi
+                            kappa_s[u] = kappa
+                            T.barrier_arrive(keys_full[0])
                             item_phase += 1
+                            for member in T.serial(ratio):
+                                head = group * ratio + member
+                                total = gates[slot, head, 0, u] * LOG2E
+                                beta = gates[slot, head, 1, u]
+                                bar = T.max(beta, BETA_MIN[dtype])
+                                gamma_u = T.exp2(total)
+                                kappa_fix = kappa * beta / bar
+                                row_e = T.exp2(gates[slot, head, 0, C - 1] * LOG2E - total) * kappa_fix
+                                inside_sum = T.alloc_var("float32")
+                                inside_sum = 0.0
+                                for p in T.serial(parts):
+                                    T.barrier_wait(rows_empty[0], (part_phase + 1) % 2)
+                                    vec[TOTAL, u] = total
+                                    vec[ROW_Q, u] = scale * chi * gamma_u
+                                    vec[ROW_D, u] = -gamma_u * kappa_fix
+                                    vec[ROW_E, u] = row_e
+                                    vec[COLUMN, u] = kappa_fix
+                                    vec[BETA, u] = beta
+                                    vec[BAR, u] = bar
+                                    T.barrier_arrive(rows_full[0])
+                                    T.barrier_wait(S_full[0], part_phase % 2)
+                                    T.barrier_wait(dS_full[0], part_phase % 2)
+                                    for block in T.serial(part * K // 8 // 64):
+                                        row = (block * 64 + u) // (K // 8)
+                                        column = (block * 64 + u) % (K // 8) * 8
+                                        for x in T.vectorized(8):
+                                            s_8[x] = S_s[row, column + x]
+                                        for x in T.vectorized(8):
+                                            ds_8[x] = dS_s[row, column + x]
+                                        for x in T.unroll(8):
+                                            inside_sum += T.cast(s_8[x], "float32") * T.cast(ds_8[x], "float32")
+                                    T.barrier_arrive(S_empty[0])
+                                    T.barrier_arrive(dS_empty[0])
+                                    part_phase += 1
+                                T.barrier_wait(inner_empty[0], (head_phase + 1) % 2)
+                                inner_s[u] = inside_sum
+                                T.barrier_arrive(inner_full[0])
+                                head_phase += 1
 
     return gradients

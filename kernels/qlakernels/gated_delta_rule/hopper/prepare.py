@@ -6,33 +6,23 @@ lengths of q and k (1 without L2 normalisation):
     L_ij = κ_i κ_j Γ_ij k_i·k_j   (i > j)          P_ij = scale χ_i κ_j Γ_ij q_i·k_j   (i ≥ j)
     N = −L (I + diag(β) L)⁻¹                        so that (I + L diag(β))⁻¹ = I + N diag(β)
 
-N is strictly lower triangular and regular at β = 0. It is solved in float32 on the CUDA cores: 16×16 diagonal blocks
-row by row, then pairs of blocks by N₂₁ = −(L₂₁ + N₂₂ β₂ L₂₁)(I + β₁ N₁₁), at 16 and at 32 rows.
+N is strictly lower triangular and regular at β = 0. The 16×16 blocks on its diagonal are solved row by row in float32,
+a thread a column. Then, for blocks of 32 and of 64, with L' the part of L between the halves of a block:
 
-One block of 128 threads a chunk and key head; the value heads of its group share k·k and q·k.
+    Y = L' + N diag(β) L'          N ← N − Y − Y diag(β) N
+
+which are whole 64×64 products whose other blocks are zero: N₂₁ = −(I + N₂₂ β₂) L₂₁ (I + β₁ N₁₁). Their operands are
+rounded to float16: entries of N stay within 1 for unit keys and β ≤ 2, and bfloat16 would double the error where keys
+repeat.
+
+One block of 128 threads a chunk and value head.
 """
 
 import tilelang.language as T
 
 from qlakernels.gated_delta_rule.hopper.common import CHUNK, L2_EPS, LOG2E, find_document
 
-PAD = 4  # floats behind each row of the matrices that are solved: rows then begin in different banks
-
-
-@T.macro
-def solve(l, n, beta, thread):
-    """n ← −l (I + diag(beta) l)⁻¹ in shared memory, [CHUNK, CHUNK + PAD] float32, by 128 threads."""
-    column = T.alloc_local((16,), "float32")
-    if thread < 64:  # one thread a column of each 16×16 block on the diagonal
-        first = thread // 16 * 16
-        j = thread % 16
-        for i in T.unroll(16):
-            column[i] = T.if_then_else(i > j, l[first + i, first + j], 0.0)
-            for m in T.unroll(i):
-                column[i] += l[first + i, first + m] * beta[first + m] * column[m]
-            column[i] = -column[i]
-            n[first + i, first + j] = column[i]
-    T.sync_threads()
+BLOCK = 16
 
 
 def prepare_kernel(key_dim, dtype, l2norm, gate, sigmoid, raw_dtype, beta_dtype):
@@ -61,12 +51,17 @@ def prepare_kernel(key_dim, dtype, l2norm, gate, sigmoid, raw_dtype, beta_dtype)
         steps: T.int32,
         ratio: T.int32,
     ):
-        with T.Kernel(slots, groups, threads=128) as (slot, group):
+        with T.Kernel(heads, slots, threads=128) as (head, slot):
             thread = T.get_thread_binding()
             q_s = T.alloc_shared((C, key_dim), dtype)
             k_s = T.alloc_shared((C, key_dim), dtype)
-            l_s = T.alloc_shared((C, C + PAD), "float32")
-            n_s = T.alloc_shared((C, C + PAD), "float32")
+            L16_s = T.alloc_shared((C, C), "float16")  # between the halves of blocks of 32
+            L32_s = T.alloc_shared((C, C), "float16")  # between the halves of the block of 64
+            N_s = T.alloc_shared((C, C), "float16")
+            block_s = T.alloc_shared((C, BLOCK + 1), "float32")  # the blocks on the diagonal of L, then of N
+            scaled_s = T.alloc_shared((C, BLOCK + 1), "float32")  # of L diag(β)
+            out_s = T.alloc_shared((C, C), dtype)
+            loaded = T.alloc_barrier([32])
             g_s = T.alloc_shared((C,), "float32")
             sum_s = T.alloc_shared((C,), "float32")
             beta_s = T.alloc_shared((C,), "float32")
@@ -75,11 +70,14 @@ def prepare_kernel(key_dim, dtype, l2norm, gate, sigmoid, raw_dtype, beta_dtype)
             kk = T.alloc_fragment((C, C), "float32")
             qk = T.alloc_fragment((C, C), "float32")
             decay = T.alloc_fragment((C, C), "float32")
+            n = T.alloc_fragment((C, C), "float32")
+            left = T.alloc_fragment((C, C), "float16")
             rows = T.alloc_fragment((C, key_dim), "float32")
             lengths = T.alloc_fragment((C,), "float32")
-            half = T.alloc_fragment((2, 16, 16), "float32")
-            whole = T.alloc_fragment((32, 32), "float32")
+            column = T.alloc_local((BLOCK,), "float32")
 
+            group = T.alloc_var("int32")
+            group = head // ratio
             place = T.alloc_local((3,), "int32")
             find_document(cu_seqlens, documents, slot, steps, C, place)
             document = T.alloc_var("int32")
@@ -89,101 +87,110 @@ def prepare_kernel(key_dim, dtype, l2norm, gate, sigmoid, raw_dtype, beta_dtype)
             first = cu_seqlens[document] + (slot - cu_seqlens[document] // C - document) * C
             size = cu_seqlens[document + 1] - first
             if size > 0:
-                for i, d in T.Parallel(C, key_dim):
-                    q_s[i, d] = T.if_then_else(i < size, q[first + i, group, d], 0)
-                for i, d in T.Parallel(C, key_dim):
-                    k_s[i, d] = T.if_then_else(i < size, k[first + i, group, d], 0)
-                for tile, factor in ((q_s, chi_s), (k_s, kappa_s)):
-                    if l2norm:
-                        T.copy(tile, rows)
-                        for i, d in T.Parallel(C, key_dim):
-                            rows[i, d] *= rows[i, d]
-                        T.reduce_sum(rows, lengths, dim=1)
-                        for i in T.Parallel(C):
-                            factor[i] = T.if_then_else(i < size, T.rsqrt(lengths[i] + L2_EPS), 0.0)
+                if size >= C:
+                    if thread < 32:
+                        T.tma_copy(k[first : first + C, group, :], k_s, barrier=loaded[0])
+                        T.tma_copy(q[first : first + C, group, :], q_s, barrier=loaded[0])
+                        T.barrier_arrive(loaded[0])
+                else:
+                    for i, d in T.Parallel(C, key_dim):
+                        q_s[i, d] = T.if_then_else(i < size, q[first + i, group, d], 0)
+                    for i, d in T.Parallel(C, key_dim):
+                        k_s[i, d] = T.if_then_else(i < size, k[first + i, group, d], 0)
+                    T.fence_proxy_async()
+                for i in T.Parallel(C):
+                    x = T.if_then_else(i < size, T.cast(g[first + i, head], "float32"), 0.0)
+                    if gate:
+                        y = x + dt_bias[head]
+                        # softplus, without overflow and without loss where it is small
+                        soft = T.max(y, 0.0) + T.log1p(T.exp(-T.abs(y)))
+                        g_s[i] = T.if_then_else(i < size, -T.exp(A_log[head]) * soft, 0.0)
                     else:
-                        for i in T.Parallel(C):
-                            factor[i] = T.if_then_else(i < size, 1.0, 0.0)
+                        g_s[i] = x
                 for i in T.Parallel(C):
-                    norms[slot, group, 0, i] = chi_s[i]
-                for i in T.Parallel(C):
-                    norms[slot, group, 1, i] = kappa_s[i]
+                    x = T.if_then_else(i < size, T.cast(beta[first + i, head], "float32"), 0.0)
+                    if sigmoid:
+                        beta_s[i] = T.if_then_else(i < size, beta_factor / (1.0 + T.exp(-x)), 0.0)
+                    else:
+                        beta_s[i] = x
+                T.cumsum(g_s, sum_s, dim=0)
+                if size >= C:
+                    T.barrier_wait(loaded[0], 0)
                 T.gemm(k_s, k_s, kk, transpose_B=True, clear_accum=True)
                 T.gemm(q_s, k_s, qk, transpose_B=True, clear_accum=True)
+                if l2norm:
+                    for i, j in T.Parallel(C, C):
+                        if i == j:
+                            kappa_s[i] = T.if_then_else(i < size, T.rsqrt(kk[i, j] + L2_EPS), 0.0)
+                    T.copy(q_s, rows)
+                    for i, d in T.Parallel(C, key_dim):
+                        rows[i, d] *= rows[i, d]
+                    T.reduce_sum(rows, lengths, dim=1)
+                    for i in T.Parallel(C):
+                        chi_s[i] = T.if_then_else(i < size, T.rsqrt(lengths[i] + L2_EPS), 0.0)
+                else:
+                    for i in T.Parallel(C):
+                        kappa_s[i] = T.if_then_else(i < size, 1.0, 0.0)
+                    for i in T.Parallel(C):
+                        chi_s[i] = T.if_then_else(i < size, 1.0, 0.0)
                 for i, j in T.Parallel(C, C):
-                    kk[i, j] *= kappa_s[i] * kappa_s[j]
+                    decay[i, j] = T.if_then_else(i >= j, T.exp2((sum_s[i] - sum_s[j]) * LOG2E), 0.0) * kappa_s[j]
                 for i, j in T.Parallel(C, C):
-                    qk[i, j] *= scale * chi_s[i] * kappa_s[j]
-
-                for member in T.serial(ratio):
-                    head = group * ratio + member
-                    for i in T.Parallel(C):
-                        x = T.if_then_else(i < size, T.cast(g[first + i, head], "float32"), 0.0)
-                        if gate:
-                            y = x + dt_bias[head]
-                            # softplus, without overflow and without loss where it is small
-                            soft = T.max(y, 0.0) + T.log1p(T.exp(-T.abs(y)))
-                            g_s[i] = T.if_then_else(i < size, -T.exp(A_log[head]) * soft, 0.0)
-                        else:
-                            g_s[i] = x
-                    for i in T.Parallel(C):
-                        x = T.if_then_else(i < size, T.cast(beta[first + i, head], "float32"), 0.0)
-                        if sigmoid:
-                            beta_s[i] = T.if_then_else(i < size, beta_factor / (1.0 + T.exp(-x)), 0.0)
-                        else:
-                            beta_s[i] = x
-                    T.cumsum(g_s, sum_s, dim=0)
-                    for i in T.Parallel(C):
-                        gates[slot, head, 0, i] = sum_s[i]
-                    for i in T.Parallel(C):
-                        gates[slot, head, 1, i] = beta_s[i]
-                    for i, j in T.Parallel(C, C):
-                        decay[i, j] = T.if_then_else(i >= j, T.exp2((sum_s[i] - sum_s[j]) * LOG2E), 0.0)
-                    for i, j in T.Parallel(C, C):
-                        P[slot, head, i, j] = decay[i, j] * qk[i, j]
-                    for i, j in T.Parallel(C, C):
-                        l_s[i, j] = T.if_then_else(i > j, decay[i, j] * kk[i, j], 0.0)
-                    T.clear(n_s)
-                    solve(l_s, n_s, beta_s, thread)
-                    # blocks of 16: rows 16 to 31 and 48 to 63
-                    T.clear(half)
-                    for m in T.serial(16):
-                        for p, i, j in T.Parallel(2, 16, 16):
-                            half[p, i, j] += (
-                                n_s[p * 32 + 16 + i, p * 32 + 16 + m]
-                                * beta_s[p * 32 + 16 + m]
-                                * l_s[p * 32 + 16 + m, p * 32 + j]
-                            )
-                    for p, i, j in T.Parallel(2, 16, 16):
-                        half[p, i, j] += l_s[p * 32 + 16 + i, p * 32 + j]
-                    for p, i, j in T.Parallel(2, 16, 16):
-                        n_s[p * 32 + i, p * 32 + 16 + j] = half[p, i, j]
-                    for m in T.serial(16):
-                        for p, i, j in T.Parallel(2, 16, 16):
-                            half[p, i, j] += (
-                                n_s[p * 32 + i, p * 32 + 16 + m] * beta_s[p * 32 + m] * n_s[p * 32 + m, p * 32 + j]
-                            )
-                    for p, i, j in T.Parallel(2, 16, 16):
-                        n_s[p * 32 + 16 + i, p * 32 + j] = -half[p, i, j]
-                    for p, i, j in T.Parallel(2, 16, 16):
-                        n_s[p * 32 + i, p * 32 + 16 + j] = 0.0
-                    # blocks of 32
-                    T.clear(whole)
-                    for m in T.serial(32):
-                        for i, j in T.Parallel(32, 32):
-                            whole[i, j] += n_s[32 + i, 32 + m] * beta_s[32 + m] * l_s[32 + m, j]
-                    for i, j in T.Parallel(32, 32):
-                        whole[i, j] += l_s[32 + i, j]
-                    for i, j in T.Parallel(32, 32):
-                        n_s[i, 32 + j] = whole[i, j]
-                    for m in T.serial(32):
-                        for i, j in T.Parallel(32, 32):
-                            whole[i, j] += n_s[i, 32 + m] * beta_s[m] * n_s[m, j]
-                    for i, j in T.Parallel(32, 32):
-                        n_s[32 + i, j] = -whole[i, j]
-                    for i, j in T.Parallel(32, 32):
-                        n_s[i, 32 + j] = 0.0
-                    for i, j in T.Parallel(C, C):
-                        N[slot, head, i, j] = n_s[i, j]
+                    qk[i, j] *= decay[i, j] * (scale * chi_s[i])
+                T.copy(qk, out_s)
+                T.copy(out_s, P[slot, head, :, :])
+                for i, j in T.Parallel(C, C):
+                    kk[i, j] = T.if_then_else(i > j, decay[i, j] * kappa_s[i] * kk[i, j], 0.0)
+                for i, j in T.Parallel(C, C):
+                    L16_s[i, j] = T.if_then_else(i // 32 == j // 32 and i // 16 != j // 16, kk[i, j], 0.0)
+                for i, j in T.Parallel(C, C):
+                    L32_s[i, j] = T.if_then_else(i // 32 != j // 32, kk[i, j], 0.0)
+                for i, j in T.Parallel(C, C):
+                    if i // BLOCK == j // BLOCK:
+                        block_s[i, j % BLOCK] = kk[i, j]
+                        scaled_s[i, j % BLOCK] = kk[i, j] * beta_s[j]
+                T.sync_threads()
+                if thread < C:  # one thread a column of a block on the diagonal
+                    top = thread // BLOCK * BLOCK
+                    for i in T.unroll(BLOCK):
+                        column[i] = block_s[top + i, thread % BLOCK]
+                        for m in T.unroll(i):
+                            column[i] += scaled_s[top + i, m] * column[m]
+                        column[i] = -column[i]
+                        block_s[top + i, thread % BLOCK] = column[i]
+                if thread >= C:  # meanwhile the others write what is known
+                    t = thread - C
+                    gates[slot, head, 0, t] = sum_s[t]
+                    gates[slot, head, 1, t] = beta_s[t]
+                    if head % ratio == 0:
+                        norms[slot, group, 0, t] = chi_s[t]
+                        norms[slot, group, 1, t] = kappa_s[t]
+                T.sync_threads()
+                for i, j in T.Parallel(C, C):
+                    n[i, j] = T.if_then_else(i // BLOCK == j // BLOCK, block_s[i, j % BLOCK], 0.0)
+                T.copy(n, N_s)
+                for i, j in T.Parallel(C, C):
+                    left[i, j] = n[i, j] * beta_s[j]
+                for i, j in T.Parallel(C, C):
+                    kk[i, j] = L16_s[i, j]
+                T.gemm(left, L16_s, kk)
+                for i, j in T.Parallel(C, C):
+                    left[i, j] = -kk[i, j] * beta_s[j]
+                for i, j in T.Parallel(C, C):
+                    n[i, j] -= kk[i, j]
+                T.gemm(left, N_s, n)
+                T.copy(n, N_s)
+                for i, j in T.Parallel(C, C):
+                    left[i, j] = n[i, j] * beta_s[j]
+                for i, j in T.Parallel(C, C):
+                    kk[i, j] = L32_s[i, j]
+                T.gemm(left, L32_s, kk)
+                for i, j in T.Parallel(C, C):
+                    left[i, j] = -kk[i, j] * beta_s[j]
+                for i, j in T.Parallel(C, C):
+                    n[i, j] -= kk[i, j]
+                T.gemm(left, N_s, n)
+                T.copy(n, out_s)
+                T.copy(out_s, N[slot, head, :, :])
 
     return prepare
