@@ -29,7 +29,7 @@ TOKENS_OF_THE_RECURRENCE = 300
 #   similar keys    near-identical keys and no decay: all of them correct the same direction
 #   reflections     β = 1.98 on random keys and no decay: every token is a reflection
 #   few keys        β = 1.98 on 8 distinct keys and no decay: hundreds of reflections of the same directions
-#   few keys, long  β < 1 on 8 distinct keys over 16384 tokens; maps of segments that are stitched in bf16 miss the states
+#   few keys, long  β < 1 on 8 distinct keys over 16384 tokens; segments stitched in bf16 miss the bars of the states
 _ORDINARY = {"o": 4e-3, "final_state": 4e-3, "dq": 6e-3, "dk": 6e-3, "dv": 6e-3, "dinitial_state": 6e-3}
 _ORDINARY |= {"dg": 8e-3, "dbeta": 8e-3, "dA_log": 2e-2, "ddt_bias": 2e-2}
 BARS = {
@@ -77,8 +77,8 @@ def make_inputs(
 
     g: a number; `slow`, in (-0.05, 0); `random`, in (-1, 0); `mixed`, -20 here and -1e-3 there.
     beta: a number; `random`, in (0, 2); `half`, in (0, 1).
-    keys: `random`, `similar` or just `one`, of unit length; `few`, 8 of those; `long`, of length 0.1 to 1.3 (stable with β < 1);
-        `raw`, of length 1e-3 to 10, as are the queries, for normalisation in the kernel, with some that are zero.
+    keys: of unit length `random`, `similar`, just `one`, or `few` (8); `long`, of length 0.1 to 1.3 (stable with
+        β < 1); `raw`, of length 1e-3 to 10, as are the queries, for normalisation in the kernel, and some are zero.
     """
     tokens = sum(lengths) if tokens is None else tokens
     x = make_float32_inputs(
@@ -166,16 +166,19 @@ def poison_free_memory() -> None:
     """Fills what the allocator would hand out next with NaN (all bits set): nothing may be taken for zero, or left."""
     if DEVICE != "cuda":
         return
-    sizes = [64 << 20] * 4 + [2 << 20] * 8 + [64 << 10] * 16
+    stream = torch.cuda.current_stream().cuda_stream
+    sizes = []
     for segment in torch.cuda.memory_snapshot():
-        if tuple(segment.get("segment_pool_id", (0, 0))) != (0, 0):
-            continue  # of a CUDA graph
+        if segment["stream"] != stream or tuple(segment.get("segment_pool_id", (0, 0))) != (0, 0):
+            continue  # of another stream, or of a CUDA graph
         sizes += [
             block["size"]
             for block in segment["blocks"]
             # a large segment serves no request of 1 MiB or less
             if block["state"] == "inactive" and (segment["segment_type"] == "small" or block["size"] > 1 << 20)
         ]
+    if sum(sizes) < 256 << 20:  # the first time there is little to fill
+        sizes += [64 << 20] * 4 + [2 << 20] * 8 + [64 << 10] * 16
     held = [torch.empty(size, dtype=torch.uint8, device=DEVICE).fill_(255) for size in sorted(sizes, reverse=True)]
     del held
 
@@ -355,6 +358,7 @@ def write_record(path: str) -> None:
     for test, tensors in worst_errors.items():
         for name, x in tensors.items():
             fraction = x["error"] / x["bar"]
+            name = name.rpartition(" ")[2]
             if name not in closest or not fraction <= closest[name]["fraction_of_bar"]:
                 closest[name] = {"fraction_of_bar": fraction, "error": x["error"], "test": test}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()

@@ -55,6 +55,10 @@ def test_group_ratios(group, key_dim, value_dim):
     check(raw_inputs(tokens=321, batch=2, **shape), **ALL_OPTIONS)
 
 
+def test_many_value_heads_of_one_key_head():
+    check(make_inputs(320, batch=2, key_heads=1, value_heads=16))
+
+
 def test_many_heads():
     """More blocks than the chip has places for."""
     check(make_inputs(320, batch=2, key_heads=32, value_heads=96))
@@ -393,7 +397,7 @@ def test_float16(key_dim, value_dim, options):
 
 @pytest.mark.parametrize("g", [0.0, -1e-4, "mixed"])
 def test_float16_decays(g):
-    check(make_inputs(1000, g=g, beta=1.0, dtype=torch.float16))
+    check(make_inputs(1000, g=g, beta=1.0, dtype=torch.float16), bars_of(1.0, g))
 
 
 # ---------------------------------------------------------------- states and gradients asked for
