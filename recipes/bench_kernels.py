@@ -19,6 +19,7 @@ from qlatrain.bench.tracking import BenchTracker
 from qlatrain.files import make_folder, write_aside, writing
 from qlatrain.metrics.console import RunConsole
 from qlatrain.metrics.hardware import cpu_model, environment
+from qlatrain.training.report import ConsoleLog
 
 MODELS = Path(__file__).parent.parent / "configs" / "model"
 
@@ -28,6 +29,7 @@ def main(config: BenchKernelsConfig) -> None:
     if config.compare:
         print_comparison(config.compare, console.console)
         return
+    ConsoleLog(console).attach()  # what the kernels say: which backend runs, what is being compiled
 
     # ---------------------------------------------------------------- where, and what
     bench, run_dir = config.bench, Path(config.run.dir)

@@ -12,77 +12,77 @@ from qlatrain.bench.floors import Ceilings
 from qlatrain.bench.results import Results, Row
 
 COLORS = {"tilelang": "#d1495b", "flash_qla": "#1f6fb4", "fla": "#7b4ea3", "torch": "#8a8a8a"}
-OTHER, FLOOR, GRID = "#2a8c6a", "#222222", "#e6e6e6"
+OTHER, DARK, WRONG, GRID = "#2a8c6a", "#222222", "#b00020", "#e6e6e6"
 MARKERS = ("o", "s", "^", "D", "v", "P")
 
 
 def plot_speed(results: Results, path: Path) -> None:
-    """Grouped bars: tokens per second of every backend at every shape, a panel for each direction.
+    """Grouped bars: the speed of every backend at every shape in percent of its limit, a panel for each direction.
 
-    Milliseconds stand over the bars, a dash over each group is what the device could do, and a backend without a
-    right result has its reason's first word in place of a bar.
+    The limit of a shape is FLOPs and bytes by formula over the measured ceilings, so that shapes of all sizes fit one
+    axis. Milliseconds stand over the bars, and the status in place of a bar where there is no right result.
     """
     directions = list(dict.fromkeys(row.direction for row in results.rows))
     shapes = list(dict.fromkeys(row.shape for row in results.rows))
     backends = list(dict.fromkeys(row.backend for row in results.rows))
-    width = max(9.0, 2.2 + len(shapes) * (0.45 + 0.42 * len(backends)))
-    figure = Figure(figsize=(width, 1.4 + 3.3 * len(directions)), dpi=130, layout="constrained")
+    width = max(9.0, 2.0 + len(shapes) * (0.4 + 0.26 * len(backends)))
+    figure = Figure(figsize=(width, 1.8 + 2.7 * len(directions)), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(len(directions), 1, sharex=True, squeeze=False)[:, 0]
     for axes, direction in zip(panels, directions, strict=True):
-        rows = {(row.shape, row.backend): row for row in results.rows if row.direction == direction}
+        rows = [row for row in results.rows if row.direction == direction]
         _speed_panel(axes, rows, shapes, backends)
-        axes.set_ylabel(f"{direction}\ntokens per second")
-    panels[0].legend(
-        *_legend(panels),
-        loc="lower left",
-        bbox_to_anchor=(0, 1.0),
-        ncols=len(backends) + 1,
-        frameon=False,
-        borderaxespad=0.2,
-    )
+        axes.set_ylabel(f"{direction}\n% of the limit")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper right", ncols=len(backends), frameon=False)
     panels[-1].set_xticks(range(len(shapes)), [_two_lines(shape) for shape in shapes], fontsize=9)
+    panels[-1].set_xlim(-0.6, len(shapes) - 0.4)
     panels[-1].set_xlabel(
-        "shape: batch × tokens (or tokens, packed documents), key heads / value heads, K / V if not 128"
+        "batch × tokens (or tokens and packed documents), key / value heads, head sizes K / V if not 128\n"
+        f"100 % is the limit: FLOPs over {_rate(results.ceilings.flops_per_second, 'FLOP/s')} or bytes over "
+        f"{_rate(results.ceilings.bytes_per_second, 'B/s')}, both measured in this run; over the bars: milliseconds"
     )
-    figure.suptitle(f"{_title(results)}: higher is faster", x=0.01, ha="left", fontsize=13, fontweight="bold")
+    figure.suptitle(f"{_title(results)}\nhigher is faster", x=0.01, ha="left", fontsize=12, fontweight="bold")
     _save(figure, path)
 
 
-def _speed_panel(axes: Axes, rows: dict[tuple[str, str], Row], shapes: list[str], backends: list[str]) -> None:
-    step = 0.8 / len(backends)
+def _speed_panel(axes: Axes, rows: list[Row], shapes: list[str], backends: list[str]) -> None:
+    step = 0.84 / len(backends)
     for place, backend in enumerate(backends):
-        shift = -0.4 + step * (place + 0.5)
-        shown = [(i, rows[shape, backend]) for i, shape in enumerate(shapes)]
-        timed = [(i, row) for i, row in shown if row.milliseconds is not None]
-        speeds = [row.tokens_per_second for _, row in timed]
-        spread = [
-            [row.tokens_per_second * (1 - row.milliseconds / row.milliseconds_upper) for _, row in timed],
-            [row.tokens_per_second * (row.milliseconds / row.milliseconds_lower - 1) for _, row in timed],
+        shown = {shapes.index(row.shape) - 0.42 + step * (place + 0.5): row for row in rows if row.backend == backend}
+        timed = {x: row for x, row in shown.items() if row.milliseconds is not None}
+        heights = [_percent(row, row.milliseconds) for row in timed.values()]
+        ends = [
+            [_percent(row, row.milliseconds_upper), _percent(row, row.milliseconds_lower)] for row in timed.values()
         ]
-        places = [i + shift for i, _ in timed]
-        axes.bar(places, speeds, width=0.92 * step, color=COLORS.get(backend, OTHER), label=backend)
-        axes.errorbar(places, speeds, yerr=spread, fmt="none", ecolor=FLOOR, elinewidth=0.8, capsize=1.5)
-        for i, row in shown:
-            height = row.tokens_per_second or 0
-            text = f" {row.milliseconds:.3g} ms" if row.milliseconds is not None else f" {row.status}"
-            weight = "bold" if row.best else "normal"
-            axes.text(i + shift, height, text, rotation=90, ha="center", va="bottom", fontsize=7.5, fontweight=weight)
-    floors = [next(row for (shape, _), row in rows.items() if shape == wanted) for wanted in shapes]
-    limits = [row.batch * row.tokens / row.floor_milliseconds * 1e3 for row in floors]
-    axes.hlines(
-        limits,
-        [i - 0.42 for i in range(len(shapes))],
-        [i + 0.42 for i in range(len(shapes))],
-        color=FLOOR,
-        linestyle=(0, (4, 2)),
-        linewidth=1.3,
-        label="limit: FLOPs and bytes over the measured ceilings",
-    )
-    highest = max([*limits, *(row.tokens_per_second or 0 for row in rows.values())])
-    axes.set_ylim(0, 1.3 * highest)
-    axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+        spread = [[h - low for h, (low, _) in zip(heights, ends, strict=True)]]
+        spread += [[high - h for h, (_, high) in zip(heights, ends, strict=True)]]
+        axes.bar(list(timed), heights, width=0.92 * step, color=COLORS.get(backend, OTHER), label=backend)
+        axes.errorbar(list(timed), heights, yerr=spread, fmt="none", ecolor=DARK, elinewidth=0.8, capsize=1.5)
+        for x, row in shown.items():
+            if row.milliseconds is None:
+                text, height, color = row.status, 0.0, WRONG if row.status == "wrong" else DARK
+            else:
+                text, height, color = f"{row.milliseconds:.3g}", _percent(row, row.milliseconds_lower), DARK
+            axes.annotate(
+                text,
+                (x, height),
+                xytext=(0, 3),
+                textcoords="offset points",
+                rotation=90,
+                ha="center",
+                va="bottom",
+                fontsize=7.5,
+                fontweight="bold" if row.best else "normal",
+                color=color,
+            )
+    highest = max((_percent(row, row.milliseconds_lower) for row in rows if row.milliseconds is not None), default=100)
+    axes.set_ylim(0, 1.35 * highest)
     _tidy(axes)
+
+
+def _percent(row: Row, milliseconds: float) -> float:
+    return 100 * row.floor_milliseconds / milliseconds
 
 
 def plot_roofline(results: Results, path: Path) -> None:
@@ -132,16 +132,10 @@ def _roof(axes: Axes, ceilings: Ceilings, rows: list[Row]) -> None:
     right = 2.5 * max([ridge, *(row.flops_per_byte for row in rows)])
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.plot([left, ridge, right], [left * slope, peak, peak], color=FLOOR, linewidth=1.6)
+    axes.plot([left, ridge, right], [left * slope, peak, peak], color=DARK, linewidth=1.6)
     axes.text(right, peak * 1.08, f"matrix product {peak:.3g} TFLOP/s ", ha="right", va="bottom", fontsize=8)
-    axes.text(
-        (left * ridge) ** 0.5,
-        (left * ridge) ** 0.5 * slope * 1.12,
-        f"copy {1e3 * slope:.4g} GB/s",
-        ha="right",
-        va="bottom",
-        fontsize=8,
-    )
+    middle = (left * ridge) ** 0.5
+    axes.text(middle * 1.08, middle * slope * 0.9, f"copy {1e3 * slope:.4g} GB/s", ha="left", va="top", fontsize=8)
     axes.set_xlim(left, right)
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
@@ -166,13 +160,8 @@ def _two_lines(shape: str) -> str:
     return " ".join(words[:above]) + "\n" + " ".join(words[above:])
 
 
-def _legend(panels) -> tuple[list, list]:
-    """Every label of the panels once."""
-    found = {}
-    for axes in panels:
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            found.setdefault(label, handle)
-    return list(found.values()), list(found)
+def _rate(value: float, unit: str) -> str:
+    return EngFormatter(unit, places=0)(value)
 
 
 def _tidy(axes: Axes) -> None:

@@ -13,7 +13,6 @@ from rich.text import Text
 
 from qlatrain.bench.floors import Ceilings
 from qlatrain.bench.results import SHORT_DIRECTIONS, Row
-from qlatrain.bench.shapes import Shape
 from qlatrain.metrics.console import RunConsole
 from qlatrain.metrics.throughput import format_duration
 
@@ -44,19 +43,18 @@ class BenchReport:
         console.rule()
 
     def checked(self, rows: list[Row]) -> None:
-        """The line of a backend that was run and checked at a shape, in every direction."""
-        first = rows[0]
-        states = {row.status for row in rows}
-        if states == {"ok"}:
+        """The line of a backend that was run and checked at a shape; rows: of every direction."""
+        reasons = {row.reason for row in rows}
+        if reasons == {""}:
             worst = max(rows, key=lambda row: row.worst_error[1] / row.bars[row.worst_error[0]])
             name, error = worst.worst_error
             said = f"right, {name} off by {error:.1e} (bar {worst.bars[name]:.1e})"
+        elif len(reasons) == 1:
+            said = _told(rows[0])
         else:
-            said = "; ".join(
-                f"{SHORT_DIRECTIONS[row.direction]} {_told(row)}" if len({r.reason for r in rows}) > 1 else _told(row)
-                for row in (rows if len({r.reason for r in rows}) > 1 else rows[:1])
-            )
-        self._line(first.shape, f"{first.backend:<9} {said}", "bold red" if "wrong" in states else "not bold")
+            said = "; ".join(f"{SHORT_DIRECTIONS[row.direction]} {_told(row)}" for row in rows)
+        style = "bold red" if any(row.status == "wrong" for row in rows) else "not bold"
+        self._line(rows[0].shape, f"{rows[0].backend:<9} {said}", style)
 
     def timed(self, rows: list[Row]) -> None:
         """The line of a shape that is done: the fastest in each direction."""
@@ -95,13 +93,14 @@ def speed_table(rows: list[Row], baseline: str) -> Table:
         table.add_column(heading, no_wrap=True)
     for heading in ("ms", "quartiles", "tokens/s", "TFLOP/s", "GB/s", "of floor", f"× {baseline}"):
         table.add_column(heading, justify="right", no_wrap=True)
-    shown = None
-    for row in sorted(rows, key=lambda row: [r.shape for r in rows].index(row.shape)):
-        place = (row.shape, row.direction)
-        if shown is not None and place != shown:
+    before = None
+    for row in rows:
+        new_shape = before is None or row.shape != before.shape
+        new_direction = new_shape or row.direction != before.direction
+        if new_shape and before is not None:
             table.add_section()
-        head = [escape(row.shape), SHORT_DIRECTIONS[row.direction]] if place != shown else ["", ""]
-        shown = place
+        before = row
+        head = [escape(row.shape) if new_shape else "", SHORT_DIRECTIONS[row.direction] if new_direction else ""]
         if row.milliseconds is None:
             table.add_row(*head, row.backend, Text(row.status, style=STATUS_STYLES[row.status]))
             continue
@@ -128,12 +127,12 @@ def check_table(rows: list[Row]) -> Table:
     for heading in ("worst error", "its bar", "peak", "kept for backward", "first call"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("why it has no speed", overflow="fold")
-    last: dict[tuple[str, str], Row] = {}
+    shown: dict[tuple[str, str], Row] = {}
     for row in rows:
-        held = last.get((row.shape, row.backend))
-        if held is None or held.status == "ok":
-            last[row.shape, row.backend] = row
-    for row in sorted(last.values(), key=lambda row: list(dict.fromkeys(r.shape for r in rows)).index(row.shape)):
+        held = shown.setdefault((row.shape, row.backend), row)
+        if held.status == "ok":  # a row that is not right stays
+            shown[row.shape, row.backend] = row
+    for row in shown.values():
         worst = row.worst_error
         kept = row.kept_bytes_per_token_and_value_head
         table.add_row(
@@ -144,7 +143,7 @@ def check_table(rows: list[Row]) -> Table:
             "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:,.0f} MiB",
             "" if kept is None else f"{kept:,.0f} B a token and head",
             "" if row.first_call_seconds is None else f"{row.first_call_seconds:.2f} s",
-            Text(row.reason if row.status == "wrong" else _told(row), style=STATUS_STYLES.get(row.status, "")),
+            Text("" if row.status == "ok" else _told(row), style=STATUS_STYLES.get(row.status, "")),
         )
     return table
 
@@ -160,17 +159,14 @@ def cold_start_table(cold_starts: list[dict]) -> Table:
     return table
 
 
-def names_of(shapes: list[Shape]) -> str:
-    return ", ".join(str(shape) for shape in shapes)
-
-
 def _table(title: str) -> Table:
     return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
 
 
 def _told(row: Row) -> str:
+    """Whether a row is right, and why not; the reason of a wrong one says so itself."""
     if row.status == "ok":
-        return ""
+        return "right"
     return row.reason if row.status == "wrong" else f"{row.status}: {row.reason}"
 
 

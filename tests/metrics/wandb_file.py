@@ -19,11 +19,26 @@ def read_wandb_file(path: Path, seconds: float = 20) -> tuple[str, dict, list[di
     `Run.finish()` returns some milliseconds before wandb's own process has written the file out, so this waits, for at
     most `seconds`, for the record that ends a run.
     """
+    return _contents(_finished_records(path, seconds))
+
+
+def read_wandb_summary(path: Path, seconds: float = 20) -> tuple[str, dict]:
+    """`(group, summary)` of a finished offline run, waiting as `read_wandb_file` does."""
+    group, summary = "", {}
+    for record in _finished_records(path, seconds):
+        if record.WhichOneof("record_type") == "run":
+            group = record.run.run_group
+        for item in record.summary.update:
+            summary[item.key or ".".join(item.nested_key)] = json.loads(item.value_json)
+    return group, summary
+
+
+def _finished_records(path: Path, seconds: float) -> list[wandb_internal_pb2.Record]:
     deadline = time.monotonic() + seconds
     while True:
         records = [wandb_internal_pb2.Record.FromString(payload) for payload in _payloads(path.read_bytes())]
         if any(record.WhichOneof("record_type") == "exit" for record in records):
-            return _contents(records)
+            return records
         assert time.monotonic() < deadline, f"{path} has no end after {seconds} s"
         time.sleep(0.02)
 

@@ -146,7 +146,9 @@ class Trainer:
 
 def _forkserver():
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["recipes.pretrain", "transformers.tokenization_utils_tokenizers", "hydra.main"])
+    context.set_forkserver_preload(
+        ["recipes.pretrain", "recipes.bench_kernels", "transformers.tokenization_utils_tokenizers", "hydra.main"]
+    )
     before = dict(os.environ)
     os.environ.update(environment())  # the server keeps the variables it was started with, and never starts again
     try:

@@ -1,0 +1,30 @@
+import time
+
+import torch
+
+from qlatrain.bench.timing import Stopwatch, Timing, interleaved
+
+CPU = torch.device("cpu")
+
+
+def test_median_and_quartiles():
+    assert Timing.of([4.0, 1.0, 2.0, 3.0, 100.0]) == Timing(3.0, 2.0, 4.0, 5)
+
+
+def test_what_comes_before_is_not_timed():
+    (milliseconds,) = Stopwatch(CPU).round([(lambda: time.sleep(0.05), lambda: time.sleep(0.002))])
+    assert 2 <= milliseconds < 50
+
+
+def test_turns():
+    calls = []
+    steps = {name: (None, lambda name=name: calls.append(name)) for name in "abc"}
+    timings = interleaved(steps, CPU, warmup=2, repeats=8, seed=0)
+    assert list(timings) == ["a", "b", "c"] and {timing.repeats for timing in timings.values()} == {8}
+    rounds = [calls[i : i + 3] for i in range(0, len(calls), 3)]
+    assert len(rounds) == 10 and all(sorted(turn) == ["a", "b", "c"] for turn in rounds)
+    assert len({tuple(turn) for turn in rounds}) > 1
+
+
+def test_nobody():
+    assert interleaved({}, CPU, 1, 1, 0) == {}
