@@ -1,7 +1,7 @@
 """How fast each backend of an operator is, and whether it is right: what `recipes/bench_kernels.py` is written in.
 
 - `config`: the schema; `shapes`: what `8x4096 16/32` means
-- `operators`: what is known of an operator; `gated_delta_rule`: the first of them
+- `operators`: what is known of an operator; `gated_delta_rule`: the first of them; `fla_dispatch`: a peer's habit
 - `runs`: a forward and backward as they are checked and timed, eager or replayed from CUDA graphs
 - `correctness`, `timing`, `memory`, `floors`: the four things that are measured
 - `cold_start`: the first call of a fresh process

@@ -34,7 +34,7 @@ class BenchConfig(GridConfig):
     documents: int | None = None  # packed at random into one row
     seed: int = 0
     # timing
-    repeats: int = 30
+    repeats: int = 30  # of a call; 5 at least where they add up to more than a second
     warmup: int = 5
     cuda_graph: bool = False  # replay captured graphs: kernels alone, no time of the host
     cold_start: bool = False  # also the first call of a fresh process, with an empty cache and with a full one

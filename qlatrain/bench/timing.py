@@ -10,6 +10,7 @@ import torch
 from qlatrain.bench.runs import Steps
 
 FLUSH_BYTES = 2**28  # written before each timed call on a GPU: several times any L2 cache
+ENOUGH_SECONDS, LEAST_REPEATS = 1.0, 5
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,11 @@ class Stopwatch:
 def interleaved(
     candidates: dict[str, Steps], device: torch.device, warmup: int, repeats: int, seed: int
 ) -> dict[str, Timing]:
-    """Each candidate once a round, in a new order each round; `warmup` rounds are not counted."""
+    """Each candidate once a round, in a new order each round; `warmup` rounds are not counted.
+
+    A candidate whose timed calls add up to `ENOUGH_SECONDS` and number `LEAST_REPEATS` drops out: the slowest shall not
+    decide how long all take.
+    """
     stopwatch, shuffle, names = Stopwatch(device), random.Random(seed).shuffle, list(candidates)
     times: dict[str, list[float]] = {name: [] for name in names}
     for number in range(warmup + repeats):
@@ -76,4 +81,5 @@ def interleaved(
         for name, milliseconds in zip(names, stopwatch.round([candidates[name] for name in names]), strict=True):
             if number >= warmup:
                 times[name].append(milliseconds)
+        names = [name for name in names if len(times[name]) < LEAST_REPEATS or sum(times[name]) < 1e3 * ENOUGH_SECONDS]
     return {name: Timing.of(times[name]) for name in candidates}

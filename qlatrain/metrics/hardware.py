@@ -94,7 +94,7 @@ def measured_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str
 
 def measured_bandwidth(device: torch.device) -> tuple[float, str]:
     """Best bytes a second of a copy, read and written bytes counted both: `(bytes_per_second, how)`."""
-    size = 2**30 if device.type == "cuda" else 2**27  # far beyond any cache
+    size = 2**31 if device.type == "cuda" else 2**27  # far beyond any cache, and long beside the wait for its end
     source, target = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
     seconds = _best_seconds(lambda: target.copy_(source), device, repeats=10)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_model() or device.type

@@ -26,5 +26,12 @@ def test_turns():
     assert len({tuple(turn) for turn in rounds}) > 1
 
 
+def test_the_slow_drop_out(monkeypatch):
+    monkeypatch.setattr("qlatrain.bench.timing.ENOUGH_SECONDS", 0.01)
+    steps = {"slow": (None, lambda: time.sleep(0.004)), "fast": (None, lambda: None)}
+    timings = interleaved(steps, CPU, warmup=1, repeats=12, seed=0)
+    assert timings["slow"].repeats == 5 and timings["fast"].repeats == 12
+
+
 def test_nobody():
     assert interleaved({}, CPU, 1, 1, 0) == {}
