@@ -78,6 +78,8 @@ class BenchReport:
         console.print(check_table(rows))
         if cold_starts:
             console.print(cold_start_table(cold_starts))
+        for reason, shapes in _reasons(rows).items():
+            console.print(Text(f"{reason}  ({', '.join(shapes)})", style="yellow"), soft_wrap=True)
         for note in dict.fromkeys(f"{row.backend}: {row.note}" for row in rows if row.note):
             self._console.note(note)
 
@@ -120,13 +122,12 @@ def speed_table(rows: list[Row], baseline: str) -> Table:
 
 
 def check_table(rows: list[Row]) -> Table:
-    """A line for each shape and backend, from its most demanding direction; and why a row has no speed."""
+    """A line for each shape and backend that ran: its last direction, or the first in which it is not right."""
     table = _table("checks and memory")
     for heading in ("shape", "backend"):
         table.add_column(heading, no_wrap=True)
     for heading in ("worst error", "its bar", "peak", "kept for backward", "first calls"):
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("why it has no speed", overflow="fold")
     shown: dict[tuple[str, str], Row] = {}
     first_calls: dict[tuple[str, str], float] = {}  # of all directions: the first one compiles for the others
     for row in rows:
@@ -136,17 +137,19 @@ def check_table(rows: list[Row]) -> Table:
         if place not in shown or shown[place].status == "ok":  # a row that is not right stays
             shown[place] = row
     for place, row in shown.items():
-        worst = row.worst_error
+        if not row.errors:
+            continue
+        name, error = row.worst_error
         kept = row.kept_bytes_per_token_and_value_head
         table.add_row(
             escape(row.shape),
             row.backend,
-            "" if worst is None else f"{worst[0]} {worst[1]:.1e}",
-            "" if worst is None else f"{row.bars[worst[0]]:.1e}",
+            f"{name} {error:.1e}",
+            f"{row.bars[name]:.1e}",
             "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:,.0f} MiB",
             "" if kept is None else f"{kept:,.0f} B a token and head",
             f"{first_calls[place]:.2f} s" if place in first_calls else "",
-            Text("" if row.status == "ok" else _told(row), style=STATUS_STYLES.get(row.status, "")),
+            style=STATUS_STYLES.get(row.status, ""),
         )
     return table
 
@@ -164,6 +167,20 @@ def cold_start_table(cold_starts: list[dict]) -> Table:
 
 def _table(title: str) -> Table:
     return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+
+
+def _reasons(rows: list[Row]) -> dict[str, list[str]]:
+    """Why rows have no speed → the shapes; a reason that holds in every direction is told once."""
+    directions = len({row.direction for row in rows})
+    alike: dict[tuple[str, str, str], list[str]] = {}
+    for row in rows:
+        if row.status != "ok":
+            alike.setdefault((row.backend, _told(row), row.shape), []).append(SHORT_DIRECTIONS[row.direction])
+    found: dict[str, list[str]] = {}
+    for (backend, told, shape), where in alike.items():
+        only = "" if len(where) == directions else f" {', '.join(where)}"
+        found.setdefault(f"{backend}{only} {told}", []).append(shape)
+    return found
 
 
 def _told(row: Row) -> str:

@@ -46,5 +46,6 @@ def test_tables():
     assert any("flash_qla" in line and "refused" in line for line in lines)
     assert any("tilelang" in line and line.rstrip().endswith("wrong") for line in lines)
     assert any("101.20" in line and "no second" in line for line in lines)
-    assert any("wrong: dg is off by 2.3e-02" in line for line in lines)
+    assert "tilelang bwd, fwd+bwd wrong: dg is off by 2.3e-02, bar 8.0e-03  (32768 packed16 16/32)" in lines
+    assert "flash_qla refused: takes K = V = 128, not K=96, V=192  (8x4096 16/16 96/192)" in lines
     assert lines[-1] == "tilelang: a note"
