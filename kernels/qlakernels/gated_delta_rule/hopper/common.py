@@ -24,6 +24,7 @@ if tilelang.__version__.startswith("0.1.15"):
 
 CHUNK = 64
 TARGET = {"kind": "cuda", "arch": "sm_90a"}
+ROWS = 64  # of V a block of the scans takes
 STATE_STRIDE = 256  # tokens between the states that the forward keeps for the backward
 BETA_MIN = {"bfloat16": 2.0**-16, "float16": 2.0**-8}  # what W and dv are divided by must be a number of their dtype
 LOG2E = 1.4426950408889634

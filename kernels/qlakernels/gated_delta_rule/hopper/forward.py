@@ -11,10 +11,13 @@ The backward keeps W instead of V. W is what enters the state, so a replay from 
 with β̄ in place of β it also holds E where β is zero.
 
 Everything is held transposed, [V, C] and [V, K], so that the state and what is made of it are left operands from
-registers. A consumer warpgroup owns 64 rows of V; they share the tiles and nothing else. A producer warpgroup brings
-tiles (one warp, TMA, two stages) and makes the vectors of a chunk from its gates (two warps).
+registers. A block takes ROWS = 64 rows of V, which need nothing of the other rows, with one consumer warpgroup; two
+blocks share a multiprocessor and fill each other's waits. Its producer warpgroup brings tiles (one warp, TMA) and
+makes the vectors of a chunk from its gates (two warps). k, N and the vectors have two stages; q, v and P have one, which
+is free again early in the chunk.
 
-Registers of a consumer: S 64, its rounded copy 32, X 32, O 32, an operand 16, V 16: about 200 of 240.
+Registers of a consumer: S 64, its rounded copy 32, X 32, O 32, an operand 16, V and the output 16: about 200 of 216.
+Shared memory (K = 128): k 32, q 16, v 8, N 16, P 8, O and W 16, vectors 3: 99 KB.
 """
 
 import tilelang.language as T
@@ -24,6 +27,7 @@ from qlakernels.gated_delta_rule.hopper.common import (
     BETA_MIN,
     CHUNK,
     LOG2E,
+    ROWS,
     STATE_STRIDE,
     load_tail,
     load_tail_of,
@@ -35,12 +39,12 @@ VECTORS = 6
 GAMMA_KAPPA, BETA, BETA_BAR, OUTPUT, INTO_STATE, GAMMA = range(VECTORS)
 
 
-def forward_kernel(key_dim, value_dim, part, dtype, keep):
-    """`part` rows of V a block, a multiple of 64; `keep`: write W and the states that the backward needs."""
+def forward_kernel(key_dim, value_dim, dtype, keep):
+    """`keep`: write W and the states that the backward needs."""
     C = CHUNK
     K, V = key_dim, value_dim
-    parts = -(-V // part)
-    consumers = part // 64 * 128
+    part = ROWS
+    consumers = 128
     tokens, heads, groups = T.dynamic("tokens"), T.dynamic("heads"), T.dynamic("groups")
     slots, documents, kept, starts, ends = (T.dynamic(x) for x in ("slots", "documents", "kept", "starts", "ends"))
     q_token, q_head = T.dynamic("q_token"), T.dynamic("q_head")
@@ -66,13 +70,12 @@ def forward_kernel(key_dim, value_dim, part, dtype, keep):
         scale: T.float32,
         ratio: T.int32,
     ):
-        with T.Kernel(parts, heads, documents, threads=consumers + 128) as (p, head, document):
-            q_s = T.alloc_shared((STAGES, C, K), dtype)
+        with T.Kernel(T.ceildiv(V, part), heads, documents, threads=consumers + 128) as (p, head, document):
+            q_s = T.alloc_shared((C, K), dtype)
             k_s = T.alloc_shared((STAGES, C, K), dtype)
-            v0_s = T.alloc_shared((C, part), dtype)
-            v1_s = T.alloc_shared((C, part), dtype)
+            v_s = T.alloc_shared((C, part), dtype)
             N_s = T.alloc_shared((STAGES, C, C), dtype)
-            P_s = T.alloc_shared((STAGES, C, C), dtype)
+            P_s = T.alloc_shared((C, C), dtype)
             vec = T.alloc_shared((STAGES, VECTORS, C), "float32")
             o_s = T.alloc_shared((C, part), dtype)
             W_s = T.alloc_shared((C, part), dtype)
@@ -85,12 +88,14 @@ def forward_kernel(key_dim, value_dim, part, dtype, keep):
             out_f = T.alloc_fragment((C, part), dtype)
             full = T.alloc_barrier([96] * STAGES)
             empty = T.alloc_barrier([consumers] * STAGES)
+            q_full, q_empty = T.alloc_barrier([32]), T.alloc_barrier([consumers])
+            P_full, P_empty = T.alloc_barrier([32]), T.alloc_barrier([consumers])
+            T.annotate_min_blocks_per_sm(2)
             T.annotate_layout(
                 {
                     v_f: transposed_accumulator(part),
                     out_f: transposed_accumulator(part),
-                    v0_s: make_full_bank_swizzled_layout(v0_s),
-                    v1_s: make_full_bank_swizzled_layout(v1_s),
+                    v_s: make_full_bank_swizzled_layout(v_s),
                     o_s: make_full_bank_swizzled_layout(o_s),
                     W_s: make_full_bank_swizzled_layout(W_s),
                 }
@@ -107,7 +112,7 @@ def forward_kernel(key_dim, value_dim, part, dtype, keep):
             columns = p * part
 
             if thread < consumers:
-                T.set_max_nreg(232, 1)
+                T.set_max_nreg(216, 1)
                 if starts > 0:
                     for i, j in T.Parallel(part, K):
                         S[i, j] = initial_state[document, head, j, columns + i]
@@ -127,36 +132,23 @@ def forward_kernel(key_dim, value_dim, part, dtype, keep):
                                 ],
                             )
                     T.barrier_wait(full[c % STAGES], c // STAGES % 2)
-                    T.gemm(
-                        S_r,
-                        k_s[c % STAGES, :, :],
-                        X,
-                        transpose_B=True,
-                        clear_accum=True,
-                        policy=T.GemmWarpPolicy.FullRow,
-                    )
-                    T.gemm(
-                        S_r,
-                        q_s[c % STAGES, :, :],
-                        O,
-                        transpose_B=True,
-                        clear_accum=True,
-                        policy=T.GemmWarpPolicy.FullRow,
-                    )
-                    if c % 2 == 0:
-                        T.copy(v0_s, v_f)
-                    else:
-                        T.copy(v1_s, v_f)
+                    T.gemm(S_r, k_s[c % STAGES, :, :], X, transpose_B=True, clear_accum=True)
+                    T.barrier_wait(q_full[0], c % 2)
+                    T.gemm(S_r, q_s, O, transpose_B=True, clear_accum=True)
+                    T.copy(v_s, v_f)
+                    T.barrier_arrive(q_empty[0])
                     for i, j in T.Parallel(part, C):
                         X[i, j] = T.cast(v_f[j, i], "float32") - vec[c % STAGES, GAMMA_KAPPA, j] * X[i, j]
                     for i, j in T.Parallel(part, C):
                         left[i, j] = vec[c % STAGES, BETA, j] * X[i, j]
-                    T.gemm(left, N_s[c % STAGES, :, :], X, transpose_B=True, policy=T.GemmWarpPolicy.FullRow)
+                    T.gemm(left, N_s[c % STAGES, :, :], X, transpose_B=True)
                     for i, j in T.Parallel(part, C):
                         O[i, j] *= vec[c % STAGES, OUTPUT, j]
                     for i, j in T.Parallel(part, C):
                         left[i, j] = vec[c % STAGES, BETA, j] * X[i, j]
-                    T.gemm(left, P_s[c % STAGES, :, :], O, transpose_B=True, policy=T.GemmWarpPolicy.FullRow)
+                    T.barrier_wait(P_full[0], c % 2)
+                    T.gemm(left, P_s, O, transpose_B=True)
+                    T.barrier_arrive(P_empty[0])
                     for i, j in T.Parallel(part, C):
                         out_f[j, i] = X[i, j] * vec[c % STAGES, BETA_BAR, j]
                     for i, j in T.Parallel(part, C):
@@ -165,7 +157,7 @@ def forward_kernel(key_dim, value_dim, part, dtype, keep):
                     gamma = vec[c % STAGES, GAMMA, C - 1]
                     for i, j in T.Parallel(part, K):
                         S[i, j] *= gamma
-                    T.gemm(left, k_s[c % STAGES, :, :], S, policy=T.GemmWarpPolicy.FullRow)
+                    T.gemm(left, k_s[c % STAGES, :, :], S)
                     T.barrier_arrive(empty[c % STAGES])
                     T.tma_store_wait(0)
                     T.sync_threads(1, consumers)
@@ -199,29 +191,26 @@ def forward_kernel(key_dim, value_dim, part, dtype, keep):
                     for c in T.serial(T.ceildiv(length, C)):
                         T.barrier_wait(empty[c % STAGES], (c // STAGES + 1) % 2)
                         first = start + c * C
-                        if c * C + C <= length:
+                        left_rows = length - c * C
+                        if left_rows >= C:
                             T.tma_copy(k[first : first + C, group, :], k_s[c % STAGES, :, :], barrier=full[c % STAGES])
-                            T.tma_copy(q[first : first + C, group, :], q_s[c % STAGES, :, :], barrier=full[c % STAGES])
-                            if c % 2 == 0:
-                                T.tma_copy(
-                                    v[first : first + C, head, columns : columns + part], v0_s, barrier=full[c % STAGES]
-                                )
-                            else:
-                                T.tma_copy(
-                                    v[first : first + C, head, columns : columns + part], v1_s, barrier=full[c % STAGES]
-                                )
                         else:
-                            left_rows = length - c * C
                             load_tail(k_s, c % STAGES, k, first, group, 0, left_rows, K)
-                            load_tail(q_s, c % STAGES, q, first, group, 0, left_rows, K)
-                            if c % 2 == 0:
-                                load_tail_of(v0_s, v, first, head, columns, left_rows, part)
-                            else:
-                                load_tail_of(v1_s, v, first, head, columns, left_rows, part)
                             T.fence_proxy_async()
                         T.tma_copy(N[slot + c, head, :, :], N_s[c % STAGES, :, :], barrier=full[c % STAGES])
-                        T.tma_copy(P[slot + c, head, :, :], P_s[c % STAGES, :, :], barrier=full[c % STAGES])
                         T.barrier_arrive(full[c % STAGES])
+                        T.barrier_wait(q_empty[0], (c + 1) % 2)
+                        if left_rows >= C:
+                            T.tma_copy(q[first : first + C, group, :], q_s, barrier=q_full[0])
+                            T.tma_copy(v[first : first + C, head, columns : columns + part], v_s, barrier=q_full[0])
+                        else:
+                            load_tail_of(q_s, q, first, group, 0, left_rows, K)
+                            load_tail_of(v_s, v, first, head, columns, left_rows, part)
+                            T.fence_proxy_async()
+                        T.barrier_arrive(q_full[0])
+                        T.barrier_wait(P_empty[0], (c + 1) % 2)
+                        T.tma_copy(P[slot + c, head, :, :], P_s, barrier=P_full[0])
+                        T.barrier_arrive(P_full[0])
                 elif thread < consumers + 96:
                     i = thread - consumers - 32
                     for c in T.serial(T.ceildiv(length, C)):

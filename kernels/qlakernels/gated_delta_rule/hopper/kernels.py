@@ -1,8 +1,16 @@
-"""The kernels as they are compiled: one object for each specialisation, kept for the process and in the disk cache."""
+"""The kernels as they are compiled: which specialisations a call needs, built side by side, kept in the disk cache.
 
-from functools import cache
+A specialisation is (kernel, what its maker takes). Lengths, batch, heads and strides are read at run time, so a model
+needs seven kernels whatever its batches look like: two `prepare` less one where forward and backward share it.
+"""
+
+import logging
+import os
+from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
 
 import tilelang
+from tqdm import tqdm
 
 from qlakernels.gated_delta_rule.hopper.common import TARGET
 from qlakernels.gated_delta_rule.hopper.expand import expand_kernel
@@ -19,8 +27,43 @@ MAKERS = {
     "gradients": gradients_kernel,
 }
 
+_compiled: dict[tuple, object] = {}
+_lock = Lock()
 
-@cache
-def kernel(name: str, *specialisation):
-    """The compiled kernel; from the disk cache in hundredths of a second, else in 5 to 30 s."""
-    return tilelang.compile(MAKERS[name](*specialisation), target=TARGET)
+
+def specialisations(key_dim, value_dim, dtype, l2norm, gate, sigmoid, raw_dtype, beta_dtype, keep) -> dict:
+    """What one call needs, by name; with `keep` its backward as well. dtypes are names such as "bfloat16"."""
+    needed = {
+        "prepare": ("prepare", key_dim, dtype, l2norm, gate, sigmoid, raw_dtype, beta_dtype),
+        "forward": ("forward", key_dim, value_dim, dtype, keep),
+    }
+    if keep:
+        needed["expand"] = ("expand", key_dim, value_dim, dtype)
+        needed["reverse"] = ("reverse", key_dim, value_dim, dtype)
+        needed["gradients"] = ("gradients", key_dim, value_dim, dtype, l2norm)
+    return needed
+
+
+def load(needed: list[tuple]) -> None:
+    """Compiles what is missing, side by side: hundredths of a second each from the disk cache, else 5 to 40 s."""
+    with _lock:
+        missing = [key for key in dict.fromkeys(needed) if key not in _compiled]
+        if not missing:
+            return
+        functions = [MAKERS[name](*rest) for name, *rest in missing]
+        with ThreadPoolExecutor(min(len(missing), len(os.sched_getaffinity(0)))) as pool:
+            built = pool.map(_compile, functions)
+            progress = tqdm(built, "compiling Hopper kernels", len(missing), delay=2.0, unit="kernel")
+            _compiled.update(zip(missing, progress, strict=True))
+
+
+def _compile(function):
+    logging.getLogger("tilelang").setLevel(logging.WARNING)
+    return tilelang.compile(function, target=TARGET)
+
+
+def kernel(key: tuple):
+    """The compiled kernel of a specialisation."""
+    if key not in _compiled:
+        load([key])
+    return _compiled[key]

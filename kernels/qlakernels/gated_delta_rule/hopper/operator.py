@@ -12,10 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from qlakernels.gated_delta_rule.hopper.common import CHUNK, STATE_STRIDE
-from qlakernels.gated_delta_rule.hopper.kernels import kernel
+from qlakernels.gated_delta_rule.hopper.kernels import kernel, load, specialisations
 
-KEY_DIMS = (64, 96, 128)
-VALUE_DIMS = (64, 96, 128, 192, 256)
 
 
 @lru_cache(maxsize=64)
@@ -58,7 +56,7 @@ def run(
         use_gate_in_kernel,
         use_beta_sigmoid_in_kernel,
         allow_neg_eigval,
-        torch.is_grad_enabled(),
+        torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, g, beta, initial_state, A_log, dt_bias)),
     )
     return o.view(v.shape), (final_state if output_final_state else None)
 
@@ -84,15 +82,14 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _part(value_dim: int, heads: int, documents: int, device: torch.device) -> int:
-    """Rows of V a block of the scans: all of 128, or half of it where blocks are few."""
-    if value_dim not in (128, 256):
-        return 64
-    blocks = heads * documents * (value_dim // 128)
-    return 128 if blocks > torch.cuda.get_device_properties(device).multi_processor_count // 2 else 64
+def _specialisations(q, k, value_dim, g, beta, l2norm, gate, sigmoid, keep) -> dict[str, tuple]:
+    dtypes = _name(g.dtype), _name(beta.dtype)
+    needed = specialisations(k.shape[2], value_dim, _name(q.dtype), l2norm, gate, sigmoid, *dtypes, keep)
+    load(list(needed.values()))
+    return needed
 
 
-def _prepare(q, k, g, beta, cu, A_log, dt_bias, scale, l2norm, gate, sigmoid, neg):
+def _prepare(key, q, k, g, beta, cu, A_log, dt_bias, scale, neg):
     (tokens, groups, key_dim), heads = k.shape, g.shape[1]
     slots, _, steps = _sizes(tokens, cu.numel() - 1)
     N, P = (q.new_empty(slots, heads, CHUNK, CHUNK) for _ in range(2))
@@ -101,8 +98,7 @@ def _prepare(q, k, g, beta, cu, A_log, dt_bias, scale, l2norm, gate, sigmoid, ne
     none = gates.new_zeros(heads)
     A_log = none if A_log is None else A_log.float().contiguous()
     dt_bias = none if dt_bias is None else dt_bias.float().contiguous()
-    run_kernel = kernel("prepare", key_dim, _name(q.dtype), l2norm, gate, sigmoid, _name(g.dtype), _name(beta.dtype))
-    run_kernel(
+    kernel(key)(
         q, k, g, beta, A_log, dt_bias, cu, N, P, gates, norms, scale, 2.0 if neg else 1.0, steps, heads // groups
     )
     return N, P, gates, norms
@@ -134,9 +130,9 @@ def _forward(
     documents = cu_seqlens.numel() - 1
     if initial_state is None:
         initial_state = final_state.new_empty(0, heads, key_dim, value_dim)
-    N, P, gates, norms = _prepare(q, k, g, beta, cu_seqlens, A_log, dt_bias, scale, l2norm, gate, sigmoid, neg)
-    part = _part(value_dim, heads, documents, q.device)
-    kernel("forward", key_dim, value_dim, part, _name(q.dtype), keep)(
+    keys = _specialisations(q, k, value_dim, g, beta, l2norm, gate, sigmoid, keep)
+    N, P, gates, norms = _prepare(keys["prepare"], q, k, g, beta, cu_seqlens, A_log, dt_bias, scale, neg)
+    kernel(keys["forward"])(
         q, k, v, N, P, gates, norms, cu_seqlens, initial_state, o, W, states, final_state, scale, heads // groups
     )
     return o, final_state, W, states
@@ -203,16 +199,16 @@ def _backward(
     (tokens, groups, key_dim), (heads, value_dim) = k.shape, W.shape[1:]
     documents = cu_seqlens.numel() - 1
     slots, _, steps = _sizes(tokens, documents)
-    name, ratio = _name(q.dtype), heads // groups
-    N, P, gates, norms = _prepare(q, k, g, beta, cu_seqlens, A_log, dt_bias, scale, l2norm, gate, sigmoid, neg)
+    ratio = heads // groups
+    keys = _specialisations(q, k, value_dim, g, beta, l2norm, gate, sigmoid, True)
+    N, P, gates, norms = _prepare(keys["prepare"], q, k, g, beta, cu_seqlens, A_log, dt_bias, scale, neg)
     every, d_states = (q.new_empty(slots, heads, value_dim, key_dim) for _ in range(2))
-    kernel("expand", key_dim, value_dim, name)(k, W, gates, norms, cu_seqlens, states, every, steps, ratio)
+    kernel(keys["expand"])(k, W, gates, norms, cu_seqlens, states, every, steps, ratio)
     dv = torch.empty_like(W)
     d_initial_state = gates.new_empty(documents if with_initial_state else 0, heads, key_dim, value_dim)
     if d_final_state is None:
         d_final_state = gates.new_empty(0, heads, key_dim, value_dim)
-    part = _part(value_dim, heads, documents, q.device)
-    kernel("reverse", key_dim, value_dim, part, name)(
+    kernel(keys["reverse"])(
         q,
         k,
         do,
@@ -231,8 +227,7 @@ def _backward(
     dq, dk = (torch.empty(tokens, groups, key_dim, dtype=q.dtype, device=q.device) for _ in range(2))
     dg, dbeta = (gates.new_empty(tokens, heads) for _ in range(2))
     workers = torch.cuda.get_device_properties(q.device).multi_processor_count
-    part = {64: 64, 96: 96, 128: 128, 192: 64, 256: 64}[value_dim]
-    kernel("gradients", key_dim, value_dim, part, name, l2norm)(
+    kernel(keys["gradients"])(
         q, k, do, W, dv, every, d_states, gates, norms, cu_seqlens, dq, dk, dg, dbeta, scale, steps, ratio, workers
     )
     dA_log, ddt_bias = gates.new_empty(0), gates.new_empty(0)

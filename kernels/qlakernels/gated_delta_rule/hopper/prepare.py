@@ -52,6 +52,7 @@ def prepare_kernel(key_dim, dtype, l2norm, gate, sigmoid, raw_dtype, beta_dtype)
         ratio: T.int32,
     ):
         with T.Kernel(heads, slots, threads=128) as (head, slot):
+            T.annotate_min_blocks_per_sm(5)
             thread = T.get_thread_binding()
             q_s = T.alloc_shared((C, key_dim), dtype)
             k_s = T.alloc_shared((C, key_dim), dtype)
@@ -59,22 +60,27 @@ def prepare_kernel(key_dim, dtype, l2norm, gate, sigmoid, raw_dtype, beta_dtype)
             L32_s = T.alloc_shared((C, C), "float16")  # between the halves of the block of 64
             N_s = T.alloc_shared((C, C), "float16")
             block_s = T.alloc_shared((C, BLOCK + 1), "float32")  # the blocks on the diagonal of L, then of N
-            scaled_s = T.alloc_shared((C, BLOCK + 1), "float32")  # of L diag(β)
+            block_rows_s = T.alloc_shared((C, BLOCK), "float32")  # of L; rows begin at 64 bytes, to be read in fours
+            P_s = T.alloc_shared((C, C), dtype)
             out_s = T.alloc_shared((C, C), dtype)
             loaded = T.alloc_barrier([32])
             g_s = T.alloc_shared((C,), "float32")
             sum_s = T.alloc_shared((C,), "float32")
+            log2_s = T.alloc_shared((C,), "float32")
             beta_s = T.alloc_shared((C,), "float32")
             kappa_s = T.alloc_shared((C,), "float32")
             chi_s = T.alloc_shared((C,), "float32")
             kk = T.alloc_fragment((C, C), "float32")
-            qk = T.alloc_fragment((C, C), "float32")
-            decay = T.alloc_fragment((C, C), "float32")
             n = T.alloc_fragment((C, C), "float32")
             left = T.alloc_fragment((C, C), "float16")
-            rows = T.alloc_fragment((C, key_dim), "float32")
-            lengths = T.alloc_fragment((C,), "float32")
+            Y = T.alloc_fragment((C, C), "float32")
             column = T.alloc_local((BLOCK,), "float32")
+
+            if head == 0 and thread == 0 and slot < documents:  # the host must not wait to look at them
+                T.device_assert(cu_seqlens[slot + 1] >= cu_seqlens[slot], "cu_seqlens descends")
+                if slot == 0:
+                    T.device_assert(cu_seqlens[0] == 0, "cu_seqlens does not start at 0")
+                    T.device_assert(cu_seqlens[documents] == tokens, "cu_seqlens does not end at the number of tokens")
 
             group = T.alloc_var("int32")
             group = head // ratio
@@ -114,50 +120,55 @@ def prepare_kernel(key_dim, dtype, l2norm, gate, sigmoid, raw_dtype, beta_dtype)
                     else:
                         beta_s[i] = x
                 T.cumsum(g_s, sum_s, dim=0)
+                for i in T.Parallel(C):
+                    log2_s[i] = sum_s[i] * LOG2E
                 if size >= C:
                     T.barrier_wait(loaded[0], 0)
                 T.gemm(k_s, k_s, kk, transpose_B=True, clear_accum=True)
-                T.gemm(q_s, k_s, qk, transpose_B=True, clear_accum=True)
                 if l2norm:
+                    T.gemm(q_s, q_s, Y, transpose_B=True, clear_accum=True)
                     for i, j in T.Parallel(C, C):
                         if i == j:
                             kappa_s[i] = T.if_then_else(i < size, T.rsqrt(kk[i, j] + L2_EPS), 0.0)
-                    T.copy(q_s, rows)
-                    for i, d in T.Parallel(C, key_dim):
-                        rows[i, d] *= rows[i, d]
-                    T.reduce_sum(rows, lengths, dim=1)
-                    for i in T.Parallel(C):
-                        chi_s[i] = T.if_then_else(i < size, T.rsqrt(lengths[i] + L2_EPS), 0.0)
+                    for i, j in T.Parallel(C, C):
+                        if i == j:
+                            chi_s[i] = T.if_then_else(i < size, T.rsqrt(Y[i, j] + L2_EPS), 0.0)
                 else:
                     for i in T.Parallel(C):
                         kappa_s[i] = T.if_then_else(i < size, 1.0, 0.0)
                     for i in T.Parallel(C):
                         chi_s[i] = T.if_then_else(i < size, 1.0, 0.0)
+                T.gemm(q_s, k_s, Y, transpose_B=True, clear_accum=True)
                 for i, j in T.Parallel(C, C):
-                    decay[i, j] = T.if_then_else(i >= j, T.exp2((sum_s[i] - sum_s[j]) * LOG2E), 0.0) * kappa_s[j]
+                    Y[i, j] *= T.if_then_else(i >= j, T.exp2(log2_s[i] - log2_s[j]), 0.0) * (
+                        (scale * chi_s[i]) * kappa_s[j]
+                    )
+                T.copy(Y, P_s)
                 for i, j in T.Parallel(C, C):
-                    qk[i, j] *= decay[i, j] * (scale * chi_s[i])
-                T.copy(qk, out_s)
-                T.copy(out_s, P[slot, head, :, :])
+                    kk[i, j] *= T.if_then_else(i > j, T.exp2(log2_s[i] - log2_s[j]), 0.0) * (kappa_s[i] * kappa_s[j])
                 for i, j in T.Parallel(C, C):
-                    kk[i, j] = T.if_then_else(i > j, decay[i, j] * kappa_s[i] * kk[i, j], 0.0)
+                    left[i, j] = T.if_then_else(i // 32 == j // 32 and i // 16 != j // 16, kk[i, j], 0.0)
+                T.copy(left, L16_s)
                 for i, j in T.Parallel(C, C):
-                    L16_s[i, j] = T.if_then_else(i // 32 == j // 32 and i // 16 != j // 16, kk[i, j], 0.0)
-                for i, j in T.Parallel(C, C):
-                    L32_s[i, j] = T.if_then_else(i // 32 != j // 32, kk[i, j], 0.0)
+                    left[i, j] = T.if_then_else(i // 32 != j // 32, kk[i, j], 0.0)
+                T.copy(left, L32_s)
                 for i, j in T.Parallel(C, C):
                     if i // BLOCK == j // BLOCK:
                         block_s[i, j % BLOCK] = kk[i, j]
-                        scaled_s[i, j % BLOCK] = kk[i, j] * beta_s[j]
+                        block_rows_s[i, j % BLOCK] = kk[i, j]
                 T.sync_threads()
+                if thread < 32:
+                    T.fence_proxy_async()
+                    T.tma_copy(P_s, P[slot, head, :, :])
                 if thread < C:  # one thread a column of a block on the diagonal
                     top = thread // BLOCK * BLOCK
                     for i in T.unroll(BLOCK):
-                        column[i] = block_s[top + i, thread % BLOCK]
+                        entry = T.alloc_var("float32")
+                        entry = block_s[top + i, thread % BLOCK]
                         for m in T.unroll(i):
-                            column[i] += scaled_s[top + i, m] * column[m]
-                        column[i] = -column[i]
-                        block_s[top + i, thread % BLOCK] = column[i]
+                            entry += block_rows_s[top + i, m] * column[m]
+                        block_s[top + i, thread % BLOCK] = -entry
+                        column[i] = -entry * beta_s[top + i]
                 if thread >= C:  # meanwhile the others write what is known
                     t = thread - C
                     gates[slot, head, 0, t] = sum_s[t]
@@ -165,32 +176,35 @@ def prepare_kernel(key_dim, dtype, l2norm, gate, sigmoid, raw_dtype, beta_dtype)
                     if head % ratio == 0:
                         norms[slot, group, 0, t] = chi_s[t]
                         norms[slot, group, 1, t] = kappa_s[t]
+                if thread < 32:
+                    T.tma_store_wait(0)  # the memory of P_s is used again
                 T.sync_threads()
                 for i, j in T.Parallel(C, C):
                     n[i, j] = T.if_then_else(i // BLOCK == j // BLOCK, block_s[i, j % BLOCK], 0.0)
                 T.copy(n, N_s)
+                T.copy(L16_s, left)
+                T.copy(left, Y)
                 for i, j in T.Parallel(C, C):
                     left[i, j] = n[i, j] * beta_s[j]
+                T.gemm(left, L16_s, Y)
                 for i, j in T.Parallel(C, C):
-                    kk[i, j] = L16_s[i, j]
-                T.gemm(left, L16_s, kk)
+                    left[i, j] = -Y[i, j] * beta_s[j]
                 for i, j in T.Parallel(C, C):
-                    left[i, j] = -kk[i, j] * beta_s[j]
-                for i, j in T.Parallel(C, C):
-                    n[i, j] -= kk[i, j]
+                    n[i, j] -= Y[i, j]
                 T.gemm(left, N_s, n)
                 T.copy(n, N_s)
+                T.copy(L32_s, left)
+                T.copy(left, Y)
                 for i, j in T.Parallel(C, C):
                     left[i, j] = n[i, j] * beta_s[j]
+                T.gemm(left, L32_s, Y)
                 for i, j in T.Parallel(C, C):
-                    kk[i, j] = L32_s[i, j]
-                T.gemm(left, L32_s, kk)
+                    left[i, j] = -Y[i, j] * beta_s[j]
                 for i, j in T.Parallel(C, C):
-                    left[i, j] = -kk[i, j] * beta_s[j]
-                for i, j in T.Parallel(C, C):
-                    n[i, j] -= kk[i, j]
+                    n[i, j] -= Y[i, j]
                 T.gemm(left, N_s, n)
                 T.copy(n, out_s)
                 T.copy(out_s, N[slot, head, :, :])
+                T.tma_store_wait(0)
 
     return prepare

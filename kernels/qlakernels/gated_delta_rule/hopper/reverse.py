@@ -9,8 +9,9 @@ float32 registers; it needs neither S nor V (symbols as in `forward`; dO the gra
 
 dS is written at the end of each chunk, before that chunk is taken back: `gradients` needs it there.
 
-Held transposed and shared out between warps as in `forward`.
-Registers of a consumer: dS 64, its rounded copy 32, D 32, dO 16, an operand 16, the output 16: about 190 of 232.
+Held transposed and shared out between warps as in `forward`; q, dO and P have one stage.
+Registers of a consumer: dS 64, its rounded copy 32, D 32, dO 16, an operand 16, the output 16: about 190 of 216.
+Shared memory (K = 128): k 32, q 16, dO 8, N 16, P 8, dV 8, dS 16, vectors 3: 107 KB.
 """
 
 import tilelang.language as T
@@ -20,6 +21,7 @@ from qlakernels.gated_delta_rule.hopper.common import (
     BETA_MIN,
     CHUNK,
     LOG2E,
+    ROWS,
     load_tail,
     load_tail_of,
     transposed_accumulator,
@@ -30,12 +32,11 @@ VECTORS = 6
 RHO_KAPPA, BETA, BETA_BAR, OUTPUT, INTO_STATE, GAMMA = range(VECTORS)
 
 
-def reverse_kernel(key_dim, value_dim, part, dtype):
-    """`part` rows of V a block, a multiple of 64."""
+def reverse_kernel(key_dim, value_dim, dtype):
     C = CHUNK
     K, V = key_dim, value_dim
-    parts = -(-V // part)
-    consumers = part // 64 * 128
+    part = ROWS
+    consumers = 128
     tokens, heads, groups = T.dynamic("tokens"), T.dynamic("heads"), T.dynamic("groups")
     slots, documents, starts, ends = (T.dynamic(x) for x in ("slots", "documents", "starts", "ends"))
     q_token, q_head = T.dynamic("q_token"), T.dynamic("q_head")
@@ -59,13 +60,12 @@ def reverse_kernel(key_dim, value_dim, part, dtype):
         scale: T.float32,
         ratio: T.int32,
     ):
-        with T.Kernel(parts, heads, documents, threads=consumers + 128) as (p, head, document):
-            q_s = T.alloc_shared((STAGES, C, K), dtype)
+        with T.Kernel(T.ceildiv(V, part), heads, documents, threads=consumers + 128) as (p, head, document):
+            q_s = T.alloc_shared((C, K), dtype)
             k_s = T.alloc_shared((STAGES, C, K), dtype)
-            do0_s = T.alloc_shared((C, part), dtype)
-            do1_s = T.alloc_shared((C, part), dtype)
+            do_s = T.alloc_shared((C, part), dtype)
             N_s = T.alloc_shared((STAGES, C, C), dtype)
-            P_s = T.alloc_shared((STAGES, C, C), dtype)
+            P_s = T.alloc_shared((C, C), dtype)
             vec = T.alloc_shared((STAGES, VECTORS, C), "float32")
             dv_s = T.alloc_shared((C, part), dtype)
             dS_s = T.alloc_shared((part, K), dtype)
@@ -77,12 +77,14 @@ def reverse_kernel(key_dim, value_dim, part, dtype):
             dv_f = T.alloc_fragment((C, part), dtype)
             full = T.alloc_barrier([96] * STAGES)
             empty = T.alloc_barrier([consumers] * STAGES)
+            q_full, q_empty = T.alloc_barrier([32]), T.alloc_barrier([consumers])
+            P_full, P_empty = T.alloc_barrier([32]), T.alloc_barrier([consumers])
+            T.annotate_min_blocks_per_sm(2)
             T.annotate_layout(
                 {
                     do_f: transposed_accumulator(part),
                     dv_f: transposed_accumulator(part),
-                    do0_s: make_full_bank_swizzled_layout(do0_s),
-                    do1_s: make_full_bank_swizzled_layout(do1_s),
+                    do_s: make_full_bank_swizzled_layout(do_s),
                     dv_s: make_full_bank_swizzled_layout(dv_s),
                 }
             )
@@ -100,7 +102,7 @@ def reverse_kernel(key_dim, value_dim, part, dtype):
             columns = p * part
 
             if thread < consumers:
-                T.set_max_nreg(232, 1)
+                T.set_max_nreg(216, 1)
                 if ends > 0:
                     for i, j in T.Parallel(part, K):
                         dS[i, j] = d_final_state[document, head, j, columns + i]
@@ -114,38 +116,32 @@ def reverse_kernel(key_dim, value_dim, part, dtype):
                     T.copy(dS_r, dS_s)
                     T.fence_proxy_async()
                     T.barrier_wait(full[step % STAGES], step // STAGES % 2)
-                    T.gemm(
-                        dS_r,
-                        k_s[step % STAGES, :, :],
-                        D,
-                        transpose_B=True,
-                        clear_accum=True,
-                        policy=T.GemmWarpPolicy.FullRow,
-                    )
-                    if step % 2 == 0:
-                        T.copy(do0_s, do_f)
-                    else:
-                        T.copy(do1_s, do_f)
+                    T.gemm(dS_r, k_s[step % STAGES, :, :], D, transpose_B=True, clear_accum=True)
+                    T.barrier_wait(P_full[0], step % 2)
+                    T.copy(do_s, do_f)
                     for i, j in T.Parallel(part, C):
                         D[i, j] *= vec[step % STAGES, RHO_KAPPA, j]
                     for i, j in T.Parallel(part, C):
                         left[i, j] = do_f[j, i]
-                    T.gemm(left, P_s[step % STAGES, :, :], D, policy=T.GemmWarpPolicy.FullRow)
+                    T.gemm(left, P_s, D)
+                    T.barrier_arrive(P_empty[0])
                     gamma = T.alloc_var("float32")
                     gamma = vec[step % STAGES, GAMMA, C - 1]
                     for i, j in T.Parallel(part, K):
                         dS[i, j] *= gamma
                     for i, j in T.Parallel(part, C):
                         left[i, j] = T.cast(do_f[j, i], "float32") * vec[step % STAGES, OUTPUT, j]
-                    T.gemm(left, q_s[step % STAGES, :, :], dS, policy=T.GemmWarpPolicy.FullRow)
+                    T.barrier_wait(q_full[0], step % 2)
+                    T.gemm(left, q_s, dS)
+                    T.barrier_arrive(q_empty[0])
                     for i, j in T.Parallel(part, C):
                         left[i, j] = D[i, j] * vec[step % STAGES, BETA, j]
-                    T.gemm(left, N_s[step % STAGES, :, :], D, policy=T.GemmWarpPolicy.FullRow)
+                    T.gemm(left, N_s[step % STAGES, :, :], D)
                     for i, j in T.Parallel(part, C):
                         dv_f[j, i] = D[i, j] * vec[step % STAGES, BETA_BAR, j]
                     for i, j in T.Parallel(part, C):
                         left[i, j] = T.cast(dv_f[j, i], "float32") * vec[step % STAGES, INTO_STATE, j]
-                    T.gemm(left, k_s[step % STAGES, :, :], dS, policy=T.GemmWarpPolicy.FullRow)
+                    T.gemm(left, k_s[step % STAGES, :, :], dS)
                     T.barrier_arrive(empty[step % STAGES])
                     T.copy(dv_f, dv_s)
                     T.fence_proxy_async()
@@ -169,37 +165,31 @@ def reverse_kernel(key_dim, value_dim, part, dtype):
                         c = chunks - 1 - step
                         T.barrier_wait(empty[step % STAGES], (step // STAGES + 1) % 2)
                         first = start + c * C
-                        if c * C + C <= length:
+                        left_rows = length - c * C
+                        if left_rows >= C:
                             T.tma_copy(
                                 k[first : first + C, group, :], k_s[step % STAGES, :, :], barrier=full[step % STAGES]
                             )
-                            T.tma_copy(
-                                q[first : first + C, group, :], q_s[step % STAGES, :, :], barrier=full[step % STAGES]
-                            )
-                            if step % 2 == 0:
-                                T.tma_copy(
-                                    do[first : first + C, head, columns : columns + part],
-                                    do0_s,
-                                    barrier=full[step % STAGES],
-                                )
-                            else:
-                                T.tma_copy(
-                                    do[first : first + C, head, columns : columns + part],
-                                    do1_s,
-                                    barrier=full[step % STAGES],
-                                )
                         else:
-                            left_rows = length - c * C
                             load_tail(k_s, step % STAGES, k, first, group, 0, left_rows, K)
-                            load_tail(q_s, step % STAGES, q, first, group, 0, left_rows, K)
-                            if step % 2 == 0:
-                                load_tail_of(do0_s, do, first, head, columns, left_rows, part)
-                            else:
-                                load_tail_of(do1_s, do, first, head, columns, left_rows, part)
                             T.fence_proxy_async()
                         T.tma_copy(N[slot + c, head, :, :], N_s[step % STAGES, :, :], barrier=full[step % STAGES])
-                        T.tma_copy(P[slot + c, head, :, :], P_s[step % STAGES, :, :], barrier=full[step % STAGES])
                         T.barrier_arrive(full[step % STAGES])
+                        T.barrier_wait(P_empty[0], (step + 1) % 2)
+                        if left_rows >= C:
+                            T.tma_copy(do[first : first + C, head, columns : columns + part], do_s, barrier=P_full[0])
+                        else:
+                            load_tail_of(do_s, do, first, head, columns, left_rows, part)
+                            T.fence_proxy_async()
+                        T.tma_copy(P[slot + c, head, :, :], P_s, barrier=P_full[0])
+                        T.barrier_arrive(P_full[0])
+                        T.barrier_wait(q_empty[0], (step + 1) % 2)
+                        if left_rows >= C:
+                            T.tma_copy(q[first : first + C, group, :], q_s, barrier=q_full[0])
+                        else:
+                            load_tail_of(q_s, q, first, group, 0, left_rows, K)
+                            T.fence_proxy_async()
+                        T.barrier_arrive(q_full[0])
                 elif thread < consumers + 96:
                     i = thread - consumers - 32
                     for step in T.serial(chunks):

@@ -1,0 +1,57 @@
+"""Builds the Hopper kernels without a GPU, into the cache where the process that needs them looks.
+
+    python -m qlakernels.precompile --arch sm_90a [--heads 128/128 96/192] [--dtype bfloat16] [--gate]
+
+The cache is TILELANG_CACHE_DIR (by default ~/.tilelang/cache); copy it to the machine with the GPU.
+"""
+
+import argparse
+import sys
+
+ALL_KEY_DIMS, ALL_VALUE_DIMS = (64, 96, 128), (64, 96, 128, 192, 256)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m qlakernels.precompile", description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", default="sm_90a", help="only sm_90a (H100, H200) has kernels so far")
+    parser.add_argument("--heads", nargs="*", default=["128/128"], metavar="K/V", help="head sizes, or all")
+    parser.add_argument("--dtype", nargs="*", default=["bfloat16"], choices=["bfloat16", "float16"])
+    parser.add_argument("--gate", action="store_true", help="also with the gate and β's sigmoid inside the operator")
+    arguments = parser.parse_args()
+    if arguments.arch != "sm_90a":
+        sys.exit(f"error: --arch {arguments.arch} has no kernels: use sm_90a")
+    from qlakernels.gated_delta_rule.hopper.kernels import load, specialisations
+
+    needed = []
+    for key_dim, value_dim in head_sizes(arguments.heads):
+        for dtype in arguments.dtype:
+            gates = [(False, "float32", "float32")]
+            if arguments.gate:
+                gates += [(True, raw, raw) for raw in (dtype, "float32")]
+            for inside, raw, beta in gates:
+                for keep in (False, True):
+                    needed += specialisations(
+                        key_dim, value_dim, dtype, True, inside, inside, raw, beta, keep
+                    ).values()
+    load(needed)
+    print(f"{len(set(needed))} kernels are in the cache")
+
+
+def head_sizes(names: list[str]) -> list[tuple[int, int]]:
+    """`128/128` and the like, or `all`; ends the program with a sentence for what is not supported."""
+    if names == ["all"]:
+        return [(k, v) for k in ALL_KEY_DIMS for v in ALL_VALUE_DIMS]
+    sizes = []
+    for name in names:
+        try:
+            key_dim, value_dim = map(int, name.split("/"))
+        except ValueError:
+            sys.exit(f"error: --heads {name} is not K/V, such as 128/128")
+        if key_dim not in ALL_KEY_DIMS or value_dim not in ALL_VALUE_DIMS:
+            sys.exit(f"error: --heads {name}: K must be one of {ALL_KEY_DIMS} and V one of {ALL_VALUE_DIMS}")
+        sizes.append((key_dim, value_dim))
+    return sizes
+
+
+if __name__ == "__main__":
+    main()
