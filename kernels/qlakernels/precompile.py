@@ -30,9 +30,7 @@ def main() -> None:
                 gates += [(True, raw, raw) for raw in (dtype, "float32")]
             for inside, raw, beta in gates:
                 for keep in (False, True):
-                    needed += specialisations(
-                        key_dim, value_dim, dtype, True, inside, inside, raw, beta, keep
-                    ).values()
+                    needed += specialisations(key_dim, value_dim, dtype, True, inside, inside, raw, beta, keep).values()
     load(needed)
     print(f"{len(set(needed))} kernels are in the cache")
 

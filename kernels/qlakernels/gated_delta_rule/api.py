@@ -104,6 +104,10 @@ def _check(q, k, v, g, beta, initial_state, use_gate_in_kernel, A_log, dt_bias, 
             raise ValueError(f"{name} is {x.dtype} and q is {q.dtype}: give q, k and v in one floating-point dtype")
         if x.shape[:2] != q.shape[:2]:
             raise ValueError(f"{name} has [B, T] = {list(x.shape[:2])}, q {list(q.shape[:2])}: they must be equal")
+    others = {"k": k, "v": v, "g": g, "beta": beta, "initial_state": initial_state, "A_log": A_log, "dt_bias": dt_bias}
+    for name, x in others.items():
+        if x is not None and x.device != q.device:
+            raise ValueError(f"{name} is on {x.device} and q on {q.device}: move them to one device")
     batch, tokens, key_heads, key_dim = q.shape
     if k.shape != q.shape:
         raise ValueError(f"k has shape {list(k.shape)}, q {list(q.shape)}: they must be equal")

@@ -7,11 +7,11 @@ slots reaches every chunk without a prefix sum over the documents, and nothing o
 
 import tilelang
 import tilelang.language as T
-from tvm import DataType
 from tilelang.cuda.intrinsics.macro.wgmma_macro_generator import (
     TensorCoreIntrinEmitter as WgmmaEmitter,
 )
 from tilelang.layout import Fragment
+from tvm import DataType
 
 if tilelang.__version__.startswith("0.1.15"):
     # It fences the accumulators of all warpgroups in each of them, which reads past the end of a thread's registers

@@ -1,11 +1,11 @@
 """F: the forward scan.
 
-Per document and value head, over its chunks in order, with the state S [K, V] in float32 registers (γ, ρ = exp(G_C − G),
-and P, N, κ, χ, β from `prepare`):
+Per document and value head, over its chunks in order, with the state S [K, V] in float32 registers (γ = exp(G),
+ρ = exp(G_C − G), and P, N, κ, χ, β from `prepare`):
 
     X = V − γκ ∘ (K S)                 E = X + N (β ∘ X)              the prediction errors, solved within the chunk
     O = scale γχ ∘ (Q S) + P (β ∘ E)
-    W = round(β̄ ∘ E)                   S ← γ_C S + Kᵀ (ρκβ/β̄ ∘ W)      β̄ = max(β, BETA_MIN)
+    W = round(β̄ ∘ E)                   S ← γ_C S + Kᵀ (ρκβ/β̄ ∘ W)     β̄ = max(β, BETA_MIN)
 
 The backward keeps W instead of V. W is what enters the state, so a replay from W repeats the state's own rounding, and
 with β̄ in place of β it also holds E where β is zero.
@@ -13,8 +13,8 @@ with β̄ in place of β it also holds E where β is zero.
 Everything is held transposed, [V, C] and [V, K], so that the state and what is made of it are left operands from
 registers. A block takes ROWS = 64 rows of V, which need nothing of the other rows, with one consumer warpgroup; two
 blocks share a multiprocessor and fill each other's waits. Its producer warpgroup brings tiles (one warp, TMA) and
-makes the vectors of a chunk from its gates (two warps). k, N and the vectors have two stages; q, v and P have one, which
-is free again early in the chunk.
+makes the vectors of a chunk from its gates (two warps). k, N and the vectors have two stages; q, v and P have one,
+which is free again early in the chunk.
 
 Registers of a consumer: S 64, its rounded copy 32, X 32, O 32, an operand 16, V and the output 16: about 200 of 216.
 Shared memory (K = 128): k 32, q 16, v 8, N 16, P 8, O and W 16, vectors 3: 99 KB.

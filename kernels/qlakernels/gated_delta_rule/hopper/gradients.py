@@ -189,7 +189,9 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
                             for i, j in T.Parallel(C, C):
                                 F[i, j] *= T.if_then_else(
                                     i >= j,
-                                    T.exp2(vec[TOTAL, i] - vec[TOTAL, j]) * (scale * chi_s[item_phase % 2, i]) * vec[COLUMN, j],
+                                    T.exp2(vec[TOTAL, i] - vec[TOTAL, j])
+                                    * (scale * chi_s[item_phase % 2, i])
+                                    * vec[COLUMN, j],
                                     0.0,
                                 )
                             for p in T.unroll(2):
@@ -201,7 +203,13 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
                             T.fence_proxy_async()
                             T.barrier_arrive(F_full[0])
                             T.gemm(F_r, k_s[item_phase % 2, :, :], dQ)
-                            T.gemm(q_s[item_phase % 2, :, :], k_s[item_phase % 2, :, :], QK, transpose_B=True, clear_accum=True)
+                            T.gemm(
+                                q_s[item_phase % 2, :, :],
+                                k_s[item_phase % 2, :, :],
+                                QK,
+                                transpose_B=True,
+                                clear_accum=True,
+                            )
                             for i, j in T.Parallel(C, C):
                                 QK[i, j] = T.if_then_else(i > j, F[i, j] * QK[i, j], 0.0)
                             T.copy(QK, zq)
@@ -231,7 +239,12 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
                                 from_S[i, j] = dQ[i, j] * T.cast(q_f[i, j], "float32")
                             T.reduce_sum(from_S, rows_q, dim=1)
                             for i, j in T.Parallel(C, K):
-                                dQ[i, j] -= chi_s[item_phase % 2, i] * chi_s[item_phase % 2, i] * rows_q[i] * T.cast(q_f[i, j], "float32")
+                                dQ[i, j] -= (
+                                    chi_s[item_phase % 2, i]
+                                    * chi_s[item_phase % 2, i]
+                                    * rows_q[i]
+                                    * T.cast(q_f[i, j], "float32")
+                                )
                         T.barrier_arrive(keys_empty[item_phase % 2])
                         for i, j in T.Parallel(C, K):
                             if i < size:
@@ -332,7 +345,13 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
                             T.barrier_wait(F_full[0], head_phase % 2)
                             T.gemm(F_s, q_s[item_phase % 2, :, :], dK, transpose_A=True)
                             T.barrier_arrive(F_empty[0])
-                            T.gemm(k_s[item_phase % 2, :, :], k_s[item_phase % 2, :, :], KK, transpose_B=True, clear_accum=True)
+                            T.gemm(
+                                k_s[item_phase % 2, :, :],
+                                k_s[item_phase % 2, :, :],
+                                KK,
+                                transpose_B=True,
+                                clear_accum=True,
+                            )
                             for i, j in T.Parallel(C, C):
                                 KK[i, j] *= -H[i, j]
                             T.copy(KK, zk)
@@ -375,7 +394,12 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
                                 from_states[i, j] = dK[i, j] * T.cast(k_f[i, j], "float32")
                             T.reduce_sum(from_states, rows_k, dim=1)
                             for i, j in T.Parallel(C, K):
-                                dK[i, j] -= kappa_s[item_phase % 2, i] * kappa_s[item_phase % 2, i] * rows_k[i] * T.cast(k_f[i, j], "float32")
+                                dK[i, j] -= (
+                                    kappa_s[item_phase % 2, i]
+                                    * kappa_s[item_phase % 2, i]
+                                    * rows_k[i]
+                                    * T.cast(k_f[i, j], "float32")
+                                )
                         T.barrier_arrive(keys_empty[item_phase % 2])
                         for i, j in T.Parallel(C, K):
                             if i < size:
@@ -394,8 +418,16 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
                         if size > 0:
                             T.barrier_wait(keys_empty[item_phase % 2], (item_phase // 2 + 1) % 2)
                             if size >= C:
-                                T.tma_copy(q[first : first + C, group, :], q_s[item_phase % 2, :, :], barrier=keys_full[item_phase % 2])
-                                T.tma_copy(k[first : first + C, group, :], k_s[item_phase % 2, :, :], barrier=keys_full[item_phase % 2])
+                                T.tma_copy(
+                                    q[first : first + C, group, :],
+                                    q_s[item_phase % 2, :, :],
+                                    barrier=keys_full[item_phase % 2],
+                                )
+                                T.tma_copy(
+                                    k[first : first + C, group, :],
+                                    k_s[item_phase % 2, :, :],
+                                    barrier=keys_full[item_phase % 2],
+                                )
                             else:
                                 load_tail(q_s, item_phase % 2, q, first, group, 0, size, K)
                                 load_tail(k_s, item_phase % 2, k, first, group, 0, size, K)

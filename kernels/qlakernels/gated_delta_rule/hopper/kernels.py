@@ -12,6 +12,7 @@ from threading import Lock
 import tilelang
 from tqdm import tqdm
 
+from qlakernels.gated_delta_rule.hopper.boundaries import boundaries_kernel
 from qlakernels.gated_delta_rule.hopper.common import TARGET
 from qlakernels.gated_delta_rule.hopper.expand import expand_kernel
 from qlakernels.gated_delta_rule.hopper.forward import forward_kernel
@@ -20,6 +21,7 @@ from qlakernels.gated_delta_rule.hopper.prepare import prepare_kernel
 from qlakernels.gated_delta_rule.hopper.reverse import reverse_kernel
 
 MAKERS = {
+    "boundaries": boundaries_kernel,
     "prepare": prepare_kernel,
     "forward": forward_kernel,
     "expand": expand_kernel,
@@ -34,6 +36,7 @@ _lock = Lock()
 def specialisations(key_dim, value_dim, dtype, l2norm, gate, sigmoid, raw_dtype, beta_dtype, keep) -> dict:
     """What one call needs, by name; with `keep` its backward as well. dtypes are names such as "bfloat16"."""
     needed = {
+        "boundaries": ("boundaries",),
         "prepare": ("prepare", key_dim, dtype, l2norm, gate, sigmoid, raw_dtype, beta_dtype),
         "forward": ("forward", key_dim, value_dim, dtype, keep),
     }

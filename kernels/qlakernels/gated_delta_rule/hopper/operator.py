@@ -15,11 +15,10 @@ from qlakernels.gated_delta_rule.hopper.common import CHUNK, STATE_STRIDE
 from qlakernels.gated_delta_rule.hopper.kernels import kernel, load, specialisations
 
 
-
 @lru_cache(maxsize=64)
 def dense_boundaries(batch: int, tokens: int, device: torch.device) -> torch.Tensor:
     """cu_seqlens of a batch of equal rows, int32 [batch + 1]."""
-    return torch.arange(0, (batch + 1) * tokens, tokens, dtype=torch.int32, device=device) if tokens else None
+    return torch.arange(batch + 1, dtype=torch.int32, device=device) * tokens
 
 
 def run(
@@ -43,7 +42,14 @@ def run(
 ):
     """As `chunk_gated_delta_rule`."""
     batch, tokens = q.shape[:2]
-    cu = dense_boundaries(batch, tokens, q.device) if cu_seqlens is None else cu_seqlens.int()
+    if cu_seqlens is None:
+        cu = dense_boundaries(batch, tokens, q.device)
+    else:
+        cu = cu_seqlens.to(q.device, torch.int32, non_blocking=True)
+    if tokens == 0:
+        return _of_no_tokens(k, v, cu, initial_state, output_final_state)
+    inputs = (q, k, v, g, beta, initial_state, A_log, dt_bias)
+    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     o, final_state, _, _ = _forward(
         *(tokens_first(x) for x in (q, k, v, g, beta)),
         cu,
@@ -56,9 +62,18 @@ def run(
         use_gate_in_kernel,
         use_beta_sigmoid_in_kernel,
         allow_neg_eigval,
-        torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, g, beta, initial_state, A_log, dt_bias)),
+        keep,
     )
     return o.view(v.shape), (final_state if output_final_state else None)
+
+
+def _of_no_tokens(k, v, cu, initial_state, output_final_state):
+    """Every document is empty: states pass through."""
+    if not output_final_state:
+        return torch.zeros_like(v), None
+    if initial_state is not None:
+        return torch.zeros_like(v), initial_state.float().clone()
+    return torch.zeros_like(v), v.new_zeros(cu.numel() - 1, v.shape[2], k.shape[3], v.shape[3], dtype=torch.float32)
 
 
 def tokens_first(x: torch.Tensor) -> torch.Tensor:
@@ -69,8 +84,13 @@ def tokens_first(x: torch.Tensor) -> torch.Tensor:
 def tiles(x: torch.Tensor) -> torch.Tensor:
     """x [tokens, H, D] as the copy engine takes it: rows of D, 16-byte steps. A view, unless a stride forbids it."""
     step = 16 // x.element_size()
-    fits = x.stride(2) == 1 and x.stride(0) % step == 0 and x.stride(1) % step == 0 and x.data_ptr() % 16 == 0
-    return x if fits else x.contiguous()
+    strides_fit = x.stride(2) == 1 and all(stride > 0 and stride % step == 0 for stride in x.stride()[:2])
+    return x if strides_fit and x.data_ptr() % 16 == 0 else x.contiguous()
+
+
+def rows(x: torch.Tensor) -> torch.Tensor:
+    """x [tokens, heads] with heads behind each other: a view, unless they are not."""
+    return x if x.stride(1) == 1 else x.contiguous()
 
 
 def _sizes(tokens: int, documents: int) -> tuple[int, int, int]:
@@ -90,7 +110,7 @@ def _specialisations(q, k, value_dim, g, beta, l2norm, gate, sigmoid, keep) -> d
 
 
 def _prepare(key, q, k, g, beta, cu, A_log, dt_bias, scale, neg):
-    (tokens, groups, key_dim), heads = k.shape, g.shape[1]
+    (tokens, groups), heads = k.shape[:2], g.shape[1]
     slots, _, steps = _sizes(tokens, cu.numel() - 1)
     N, P = (q.new_empty(slots, heads, CHUNK, CHUNK) for _ in range(2))
     gates = torch.empty(slots, heads, 2, CHUNK, device=q.device)
@@ -99,7 +119,21 @@ def _prepare(key, q, k, g, beta, cu, A_log, dt_bias, scale, neg):
     A_log = none if A_log is None else A_log.float().contiguous()
     dt_bias = none if dt_bias is None else dt_bias.float().contiguous()
     kernel(key)(
-        q, k, g, beta, A_log, dt_bias, cu, N, P, gates, norms, scale, 2.0 if neg else 1.0, steps, heads // groups
+        q,
+        k,
+        rows(g),
+        rows(beta),
+        A_log,
+        dt_bias,
+        cu,
+        N,
+        P,
+        gates,
+        norms,
+        scale,
+        2.0 if neg else 1.0,
+        steps,
+        heads // groups,
     )
     return N, P, gates, norms
 
@@ -127,10 +161,10 @@ def _forward(
     q, k, v = tiles(q), tiles(k), tiles(v)
     o, final_state, W, states = _forward_empty(q, k, v, cu_seqlens, output_final_state, keep)
     (tokens, groups, key_dim), (heads, value_dim) = k.shape, v.shape[1:]
-    documents = cu_seqlens.numel() - 1
     if initial_state is None:
         initial_state = final_state.new_empty(0, heads, key_dim, value_dim)
     keys = _specialisations(q, k, value_dim, g, beta, l2norm, gate, sigmoid, keep)
+    kernel(keys["boundaries"])(cu_seqlens, tokens)
     N, P, gates, norms = _prepare(keys["prepare"], q, k, g, beta, cu_seqlens, A_log, dt_bias, scale, neg)
     kernel(keys["forward"])(
         q, k, v, N, P, gates, norms, cu_seqlens, initial_state, o, W, states, final_state, scale, heads // groups

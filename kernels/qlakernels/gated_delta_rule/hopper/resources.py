@@ -1,0 +1,77 @@
+"""What a compiled kernel takes of a multiprocessor: registers, spilled bytes, shared memory. Needs nvcc, no GPU.
+
+python -m qlakernels.gated_delta_rule.hopper.resources [K/V ...]        prints the table of docs/kernels.md
+"""
+
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import tilelang
+
+from qlakernels.gated_delta_rule.hopper.kernels import kernel, load, specialisations
+
+# Bytes of a thread's registers that the compiler may put into memory, per kernel; the scans must not spill at all.
+SPILL_LIMITS = {"boundaries": 0, "prepare": 160, "forward": 0, "expand": 0, "reverse": 0, "gradients": 256}
+NVCC = ["nvcc", "--cubin", "-O3", "-std=c++20", "-arch=sm_90a", "-Xptxas", "-v"]
+
+
+@dataclass(frozen=True)
+class Resources:
+    registers: int  # of a thread at the start; a warpgroup may be given more of another's
+    spilled: int  # bytes written, a thread
+    shared: int  # bytes a block, static and dynamic
+
+
+def resources(key: tuple) -> Resources:
+    """Of the kernel of a specialisation, as ptxas reports them for sm_90a.
+
+    Raises:
+        RuntimeError: nvcc refused the source.
+    """
+    compiled = kernel(key)
+    home = Path(tilelang.__file__).parent
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.cu"
+        source.write_text(compiled.get_kernel_source())
+        done = subprocess.run(
+            [*NVCC, f"-I{home / 'src'}", f"-I{home / '3rdparty/cutlass/include'}", "-o", f"{folder}/cubin", source],
+            capture_output=True,
+            text=True,
+        )
+    if done.returncode:
+        raise RuntimeError(f"nvcc could not compile {key}: {done.stderr.strip().splitlines()[-1]}")
+    (function,) = compiled.artifact.device_mod.functions.values()
+    dynamic = function.attrs.get("dyn_shared_memory_buf", 0)
+    return Resources(
+        registers=_number(r"Used (\d+) registers", done.stderr),
+        spilled=_number(r"(\d+) bytes spill stores", done.stderr),
+        shared=int(dynamic) + _number(r"(\d+) bytes smem", done.stderr),
+    )
+
+
+def _number(pattern: str, report: str) -> int:
+    found = re.search(pattern, report)
+    return int(found[1]) if found else 0
+
+
+def training_kernels(key_dim: int, value_dim: int) -> dict[str, tuple]:
+    """The specialisations of a model in bfloat16 with its gates in the operator, forward and backward, by name."""
+    return specialisations(key_dim, value_dim, "bfloat16", True, True, True, "bfloat16", "bfloat16", True)
+
+
+def main() -> None:
+    sizes = [tuple(map(int, size.split("/"))) for size in sys.argv[1:] or ["128/128", "64/64", "96/192"]]
+    load([key for size in sizes for key in training_kernels(*size).values()])
+    print("| K/V | kernel | registers | spilled bytes | shared KB |\n|---|---|---|---|---|")
+    for size in sizes:
+        for name, key in training_kernels(*size).items():
+            found = resources(key)
+            print(f"| {size[0]}/{size[1]} | {name} | {found.registers} | {found.spilled} | {found.shared / 1024:.1f} |")
+
+
+if __name__ == "__main__":
+    main()
