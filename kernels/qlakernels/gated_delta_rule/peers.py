@@ -4,6 +4,8 @@ Both are optional (`pip install .[peers]`). What they do not take (the gate and 
 here in float32 before the call, so that every backend is the same function of the same arguments.
 """
 
+import os
+
 import torch
 
 from qlakernels.backends import Call, installed
@@ -42,6 +44,7 @@ def run_flash_qla(**arguments):
 
 
 def run_fla(**arguments):
+    os.environ.setdefault("FLA_FLASH_QLA", "0")  # FLA 0.6.0 would hand some calls to FlashQLA, unsaid
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
     return _run(chunk_gated_delta_rule, **arguments)

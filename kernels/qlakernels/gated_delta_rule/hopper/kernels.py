@@ -1,11 +1,12 @@
 """The kernels as they are compiled: which specialisations a call needs, built side by side, kept in the disk cache.
 
-A specialisation is (kernel, what its maker takes). Lengths, batch, heads and strides are read at run time, so a model
-needs seven kernels whatever its batches look like: two `prepare` less one where forward and backward share it.
+A specialisation is (kernel, what its maker takes). Lengths, batch, heads and strides are read at run time: a model
+needs seven kernels whatever its batches look like.
 """
 
 import logging
 import os
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from threading import Lock
 
@@ -62,6 +63,7 @@ def load(needed: list[tuple]) -> None:
 
 def _compile(function):
     logging.getLogger("tilelang").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", "Non-empty msg", UserWarning)  # the assertions of `boundaries`
     return tilelang.compile(function, target=TARGET)
 
 

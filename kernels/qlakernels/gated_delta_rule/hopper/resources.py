@@ -15,7 +15,7 @@ import tilelang
 from qlakernels.gated_delta_rule.hopper.kernels import kernel, load, specialisations
 
 # Bytes of a thread's registers that the compiler may put into memory, per kernel; the scans must not spill at all.
-SPILL_LIMITS = {"boundaries": 0, "prepare": 160, "forward": 0, "expand": 0, "reverse": 0, "gradients": 256}
+SPILL_LIMITS = {"boundaries": 0, "prepare": 300, "forward": 0, "expand": 0, "reverse": 0, "gradients": 150}
 NVCC = ["nvcc", "--cubin", "-O3", "-std=c++20", "-arch=sm_90a", "-Xptxas", "-v"]
 
 
@@ -44,12 +44,13 @@ def resources(key: tuple) -> Resources:
         )
     if done.returncode:
         raise RuntimeError(f"nvcc could not compile {key}: {done.stderr.strip().splitlines()[-1]}")
-    (function,) = compiled.artifact.device_mod.functions.values()
-    dynamic = function.attrs.get("dyn_shared_memory_buf", 0)
+    dynamic = 0
+    if "extern __shared__" in compiled.get_kernel_source():  # the last argument of the launch
+        dynamic = int(re.findall(r"v_int64\) = \(\(int64_t\)(\d+)\)", compiled.get_host_source())[-1])
     return Resources(
         registers=_number(r"Used (\d+) registers", done.stderr),
         spilled=_number(r"(\d+) bytes spill stores", done.stderr),
-        shared=int(dynamic) + _number(r"(\d+) bytes smem", done.stderr),
+        shared=dynamic + _number(r"(\d+) bytes smem", done.stderr),
     )
 
 
