@@ -30,11 +30,15 @@ class Call:
 
 @dataclass(frozen=True)
 class Backend:
-    """`refuses(call)` returns None when this backend can run the call, otherwise the reason in a few words."""
+    """`refuses(call)` returns None when this backend can run the call, otherwise the reason in a few words.
+
+    `unproven`: why `auto` passes over it; asked for by name, it runs.
+    """
 
     name: str
     refuses: Callable[[Call], str | None]
     run: Callable
+    unproven: str | None = None
 
 
 class BackendRefused(ValueError):
@@ -82,7 +86,7 @@ def select(operator: str, name: str, call: Call) -> Backend:
     else:
         refusals = {}
         for chosen, backend in backends.items():
-            reason = backend.refuses(call)
+            reason = backend.refuses(call) or backend.unproven
             if reason is None:
                 break
             refusals[chosen] = reason

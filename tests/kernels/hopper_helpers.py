@@ -179,7 +179,12 @@ def poison_free_memory() -> None:
         ]
     if sum(sizes) < 256 << 20:  # the first time there is little to fill
         sizes += [64 << 20] * 4 + [2 << 20] * 8 + [64 << 10] * 16
-    held = [torch.empty(size, dtype=torch.uint8, device=DEVICE).fill_(255) for size in sorted(sizes, reverse=True)]
+    held = []
+    for size in sorted(sizes, reverse=True):
+        try:
+            held.append(torch.empty(size, dtype=torch.uint8, device=DEVICE).fill_(255))
+        except torch.OutOfMemoryError:  # a block was rounded up, and nothing is left to be poisoned
+            break
     del held
 
 

@@ -85,7 +85,7 @@ def tiles(x: torch.Tensor) -> torch.Tensor:
     """x [tokens, H, D] as the copy engine takes it: rows of D, 16-byte steps. A view, unless a stride forbids it."""
     step = 16 // x.element_size()
     strides_fit = x.stride(2) == 1 and all(stride > 0 and stride % step == 0 for stride in x.stride()[:2])
-    return x if strides_fit and x.data_ptr() % 16 == 0 else x.contiguous()
+    return x if strides_fit and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
 
 
 def rows(x: torch.Tensor) -> torch.Tensor:
