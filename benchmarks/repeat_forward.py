@@ -2,8 +2,8 @@
 
     python benchmarks/repeat_forward.py [--rows 8] [--tokens 4096] [--repeats 50]
 
-For the open fault of docs/kernels.md: which chunks, heads and columns of o differ, and whether W, the kept states and the
-final state differ with them.
+For the open fault of docs/kernels.md: which chunks, heads and columns of o differ, and whether W, the kept states and
+the final state differ with them.
 """
 
 import argparse
