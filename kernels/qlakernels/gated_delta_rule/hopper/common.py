@@ -3,6 +3,10 @@
 A document n of tokens cu[n] to cu[n + 1] owns the slots base(n) = ⌊cu[n] / C⌋ + n and onwards, one for each of its
 chunks of C tokens. Slots of different documents never meet, whatever their lengths, so a grid of ⌊tokens / C⌋ + N
 slots reaches every chunk without a prefix sum over the documents, and nothing on the host depends on `cu_seqlens`.
+
+A tile that ordinary loads read (ldmatrix among them) is given back to the copy engine behind `fence_proxy_async`: an
+arrival at a barrier does not wait for loads that are on their way, and behind a queue of stores they can be late by
+microseconds. The tensor cores' own reads have been waited for with their products.
 """
 
 import tilelang

@@ -136,6 +136,7 @@ def forward_kernel(key_dim, value_dim, dtype, keep):
                     T.barrier_wait(q_full[0], c % 2)
                     T.gemm(S_r, q_s, O, transpose_B=True, clear_accum=True)
                     T.copy(v_s, v_f)
+                    T.fence_proxy_async()  # v has been read when its place is given back: see common
                     T.barrier_arrive(q_empty[0])
                     for i, j in T.Parallel(part, C):
                         X[i, j] = T.cast(v_f[j, i], "float32") - vec[c % STAGES, GAMMA_KAPPA, j] * X[i, j]

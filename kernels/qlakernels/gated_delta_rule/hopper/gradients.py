@@ -245,6 +245,7 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
                                     * rows_q[i]
                                     * T.cast(q_f[i, j], "float32")
                                 )
+                        T.fence_proxy_async()
                         T.barrier_arrive(keys_empty[item_phase % 2])
                         for i, j in T.Parallel(C, K):
                             if i < size:
@@ -320,6 +321,7 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
                                                             * vec[BETA, row]
                                                             / vec[BAR, row]
                                                         )
+                                    T.fence_proxy_async()
                                 pair_phase += 1
                             for i, j in T.Parallel(C, C):
                                 if i == j and i < size:
@@ -400,6 +402,7 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
                                     * rows_k[i]
                                     * T.cast(k_f[i, j], "float32")
                                 )
+                        T.fence_proxy_async()
                         T.barrier_arrive(keys_empty[item_phase % 2])
                         for i, j in T.Parallel(C, K):
                             if i < size:
@@ -535,6 +538,7 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
                                                     ds_8[x] = dS_s[p, row, column + x]
                                                 for x in T.unroll(8):
                                                     inside_sum += T.cast(s_8[x], "float32") * T.cast(ds_8[x], "float32")
+                                        T.fence_proxy_async()
                                         T.barrier_arrive(S_empty[p])
                                         T.barrier_arrive(dS_empty[p])
                                     pair_phase += 1

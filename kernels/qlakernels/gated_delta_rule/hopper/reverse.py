@@ -124,6 +124,7 @@ def reverse_kernel(key_dim, value_dim, dtype):
                     for i, j in T.Parallel(part, C):
                         left[i, j] = do_f[j, i]
                     T.gemm(left, P_s, D)
+                    T.fence_proxy_async()
                     T.barrier_arrive(P_empty[0])
                     gamma = T.alloc_var("float32")
                     gamma = vec[step % STAGES, GAMMA, C - 1]
