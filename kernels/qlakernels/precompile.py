@@ -8,7 +8,7 @@ The cache is TILELANG_CACHE_DIR (by default ~/.tilelang/cache); copy it to the m
 import argparse
 import sys
 
-ALL_KEY_DIMS, ALL_VALUE_DIMS = (64, 96, 128), (64, 96, 128, 192, 256)
+from qlakernels.gated_delta_rule.api import KEY_DIMS, VALUE_DIMS
 
 
 def main() -> None:
@@ -38,15 +38,15 @@ def main() -> None:
 def head_sizes(names: list[str]) -> list[tuple[int, int]]:
     """`128/128` and the like, or `all`; ends the program with a sentence for what is not supported."""
     if names == ["all"]:
-        return [(k, v) for k in ALL_KEY_DIMS for v in ALL_VALUE_DIMS]
+        return [(k, v) for k in KEY_DIMS for v in VALUE_DIMS]
     sizes = []
     for name in names:
         try:
             key_dim, value_dim = map(int, name.split("/"))
         except ValueError:
             sys.exit(f"error: --heads {name} is not K/V, such as 128/128")
-        if key_dim not in ALL_KEY_DIMS or value_dim not in ALL_VALUE_DIMS:
-            sys.exit(f"error: --heads {name}: K must be one of {ALL_KEY_DIMS} and V one of {ALL_VALUE_DIMS}")
+        if key_dim not in KEY_DIMS or value_dim not in VALUE_DIMS:
+            sys.exit(f"error: --heads {name}: K must be one of {KEY_DIMS} and V one of {VALUE_DIMS}")
         sizes.append((key_dim, value_dim))
     return sizes
 

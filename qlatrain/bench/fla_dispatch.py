@@ -9,7 +9,8 @@ Triton compiles it wrongly, and refuses to run without. What it chose is read fr
 import logging
 import os
 
-SWITCH = "FLA_FLASH_QLA"
+from qlakernels.gated_delta_rule.peers import FLA_SWITCH as SWITCH
+
 LOGGER = "fla.backends"
 
 

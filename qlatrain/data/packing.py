@@ -143,14 +143,14 @@ class Packer:
     def next_row(self) -> Row | None:
         """The next row, or None when the documents have ended."""
         for _ in range(len(self._open)):
-            row = self._fill_row()
+            input_ids, labels, segments = self._fill_row()
             self._open.rotate(-1)
-            if row is not None:
-                return replace(row, end=self.position)
+            if segments:
+                return Row(input_ids, labels, segments, self.position)
         return None
 
-    def _fill_row(self) -> Row | None:
-        """A row from the first open document and, as they end, those that take its place."""
+    def _fill_row(self) -> tuple[np.ndarray, np.ndarray, list[int]]:
+        """A row's ids, labels and segments from the first open document and, as they end, those in its place."""
         input_ids = np.empty(self._sequence_length, dtype=np.int32)
         labels = np.empty(self._sequence_length, dtype=np.int32)
         segments: list[int] = []
@@ -170,7 +170,7 @@ class Packer:
             current.offset += size
             if current.offset == len(tokens):
                 self._open[0] = None
-        return Row(input_ids[:filled], labels[:filled], segments, self.position) if filled else None
+        return input_ids[:filled], labels[:filled], segments
 
     def _open_next(self) -> "_OpenDocument | None":
         document = next(self._documents, None)

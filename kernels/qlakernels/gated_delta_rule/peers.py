@@ -11,6 +11,7 @@ import torch
 from qlakernels.backends import Call, installed
 from qlakernels.gated_delta_rule.gates import log_decay, step_size
 
+FLA_SWITCH = "FLA_FLASH_QLA"  # FLA 0.6.0 reads it at each call; 0: it does not hand calls to FlashQLA
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -44,7 +45,7 @@ def run_flash_qla(**arguments):
 
 
 def run_fla(**arguments):
-    os.environ.setdefault("FLA_FLASH_QLA", "0")  # FLA 0.6.0 would hand some calls to FlashQLA, unsaid
+    os.environ.setdefault(FLA_SWITCH, "0")  # or some calls would go to FlashQLA, unsaid
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
     return _run(chunk_gated_delta_rule, **arguments)

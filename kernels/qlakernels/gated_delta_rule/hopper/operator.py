@@ -115,9 +115,7 @@ def _prepare(key, q, k, g, beta, cu, A_log, dt_bias, scale, neg):
     N, P = (q.new_empty(slots, heads, CHUNK, CHUNK) for _ in range(2))
     gates = torch.empty(slots, heads, 2, CHUNK, device=q.device)
     norms = torch.empty(slots, groups, 2, CHUNK, device=q.device)
-    none = gates.new_zeros(heads)
-    A_log = none if A_log is None else A_log.float().contiguous()
-    dt_bias = none if dt_bias is None else dt_bias.float().contiguous()
+    A_log, dt_bias = (gates.new_zeros(heads) if x is None else x.float().contiguous() for x in (A_log, dt_bias))
     kernel(key)(
         q,
         k,
