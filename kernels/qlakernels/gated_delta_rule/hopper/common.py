@@ -28,11 +28,37 @@ if tilelang.__version__.startswith("0.1.15"):
 
 CHUNK = 64
 TARGET = {"kind": "cuda", "arch": "sm_90a"}
-ROWS = 64  # of V a block of the scans takes
 STATE_STRIDE = 256  # tokens between the states that the forward keeps for the backward
 BETA_MIN = {"bfloat16": 2.0**-16, "float16": 2.0**-8}  # what W and dv are divided by must be a number of their dtype
+OMEGA_MIN = 2.0**-100
 LOG2E = 1.4426950408889634
 L2_EPS = 1e-6
+
+
+EXP2 = """
+__device__ __forceinline__ float qla_exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+"""
+
+
+def exp2(x):
+    """2^x in one instruction, to 2 ulp; results below 2⁻¹²⁶ are 0. The kernel says `T.import_source(EXP2)`."""
+    return T.call_extern("float32", "qla_exp2", x)
+
+
+def folds_decay(dtype: str) -> bool:
+    """Whether W carries the decay to the end of its chunk: bfloat16 has the range for it."""
+    return dtype == "bfloat16"
+
+
+def weight_of_W(beta, rho, kappa, dtype):
+    """ω of W = round(ω ∘ E): κβρ, so that W enters the state as it is, or β where the decay does not fit; never 0."""
+    if folds_decay(dtype):
+        return kappa * T.max(beta * rho, OMEGA_MIN)
+    return T.max(beta, BETA_MIN[dtype])
 
 
 @T.macro

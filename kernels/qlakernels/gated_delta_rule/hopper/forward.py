@@ -1,55 +1,80 @@
 """F: the forward scan.
 
 Per document and value head, over its chunks in order, with the state S [K, V] in float32 registers (γ = exp(G),
-ρ = exp(G_C − G), and P, N, κ, χ, β from `prepare`):
+ρ = exp(G_C − G), and P, N, κ, χ, β from `chunk`):
 
     X = V − γκ ∘ (K S)                 E = X + N (β ∘ X)              the prediction errors, solved within the chunk
-    O = scale γχ ∘ (Q S) + P (β ∘ E)
-    W = round(β̄ ∘ E)                   S ← γ_C S + Kᵀ (ρκβ/β̄ ∘ W)     β̄ = max(β, BETA_MIN)
+    W = round(β̄ ∘ E)                   O = scale γχ ∘ (Q S) + P (β ∘ E)
+    S ← γ_C S + Kᵀ (ρκβ/β̄ ∘ W)         β̄ = max(β, BETA_MIN)
 
 The backward keeps W instead of V. W is what enters the state, so a replay from W repeats the state's own rounding, and
 with β̄ in place of β it also holds E where β is zero.
 
 Everything is held transposed, [V, C] and [V, K], so that the state and what is made of it are left operands from
-registers. A block takes ROWS = 64 rows of V, which need nothing of the other rows, with one consumer warpgroup; two
-blocks share a multiprocessor and fill each other's waits. Its producer warpgroup brings tiles (one warp, TMA) and
-makes the vectors of a chunk from its gates (two warps). k, N and the vectors have two stages; q, v and P have one,
-which is free again early in the chunk.
+registers. A block takes `part` rows of V, 64 to each of its one or two consumer warpgroups, which need nothing of each
+other. Its other warpgroups:
 
-Registers of a consumer: S 64, its rounded copy 32, X 32, O 32, an operand 16, V and the output 16: about 200 of 216.
-Shared memory (K = 128): k 32, q 16, v 8, N 16, P 8, O and W 16, vectors 3: 99 KB.
+    auxiliary    makes N and P of the next chunk while the consumers work on this one
+    producer     one warp brings tiles (TMA), two make the chunk's vectors
+
+k, q and the vectors have three stages: one being loaded, one with the auxiliary, one with the consumers. N and P have
+two. v has one, which is free again early in the chunk.
+
+Registers of a consumer: S 64, its rounded copy 32, X 32, O 32, v 16: 184 of what two consumers leave, see REGISTERS.
+Shared memory (K = V = 128): q and k 96, v 16, N and P 32, O and W 32, the solve 24, vectors 9: 209 KB.
 """
 
 import tilelang.language as T
 from tilelang.layout import make_full_bank_swizzled_layout
 
+from qlakernels.gated_delta_rule.hopper.chunk import (
+    BAR,
+    BLOCK,
+    FAR,
+    GAMMA,
+    GAMMA_KAPPA,
+    INTO_STATE,
+    LOG2,
+    OUTPUT,
+    RIGHT_P,
+    ROW_P,
+    VECTORS,
+    cut,
+    make_N,
+    make_vectors,
+    weigh,
+)
 from qlakernels.gated_delta_rule.hopper.common import (
-    BETA_MIN,
     CHUNK,
-    LOG2E,
-    ROWS,
+    EXP2,
     STATE_STRIDE,
+    folds_decay,
     load_tail,
     load_tail_of,
     transposed_accumulator,
 )
 
-STAGES = 2
-VECTORS = 6
-GAMMA_KAPPA, BETA, BETA_BAR, OUTPUT, INTO_STATE, GAMMA = range(VECTORS)
+STAGES = 3
+PLACES = 2  # of N and P
+REGISTERS = {1: (216, 168, 120), 2: (192, 88, 40)}  # consumers → of a thread of consumers, auxiliary, producer
 
 
-def forward_kernel(key_dim, value_dim, dtype, keep):
-    """`keep`: write W and the states that the backward needs."""
+def forward_kernel(key_dim, value_dim, dtype, part, keep, l2norm, gate, sigmoid, raw_dtype, beta_dtype):
+    """`part`: rows of V a block takes, 64 or 128. `keep`: write W and the states that the backward needs."""
     C = CHUNK
     K, V = key_dim, value_dim
-    part = ROWS
-    consumers = 128
+    warpgroups = part // 64
+    consumers = 128 * warpgroups
+    folded = folds_decay(dtype)
+    rows_first = T.GemmWarpPolicy.FullRow
+    columns_first = T.GemmWarpPolicy.FullCol
+    registers, auxiliary_registers, producer_registers = REGISTERS[warpgroups]
     tokens, heads, groups = T.dynamic("tokens"), T.dynamic("heads"), T.dynamic("groups")
-    slots, documents, kept, starts, ends = (T.dynamic(x) for x in ("slots", "documents", "kept", "starts", "ends"))
+    documents, kept, starts, ends = (T.dynamic(x) for x in ("documents", "kept", "starts", "ends"))
     q_token, q_head = T.dynamic("q_token"), T.dynamic("q_head")
     k_token, k_head = T.dynamic("k_token"), T.dynamic("k_head")
     v_token, v_head = T.dynamic("v_token"), T.dynamic("v_head")
+    g_token, b_token = T.dynamic("g_token"), T.dynamic("b_token")
     written = T.dynamic("written")
 
     @T.prim_func
@@ -57,10 +82,10 @@ def forward_kernel(key_dim, value_dim, dtype, keep):
         q: T.StridedTensor((tokens, groups, K), (q_token, q_head, 1), dtype),
         k: T.StridedTensor((tokens, groups, K), (k_token, k_head, 1), dtype),
         v: T.StridedTensor((tokens, heads, V), (v_token, v_head, 1), dtype),
-        N: T.Tensor((slots, heads, C, C), dtype),
-        P: T.Tensor((slots, heads, C, C), dtype),
-        gates: T.Tensor((slots, heads, 2, C), "float32"),
-        norms: T.Tensor((slots, groups, 2, C), "float32"),
+        g: T.StridedTensor((tokens, heads), (g_token, 1), raw_dtype),
+        beta: T.StridedTensor((tokens, heads), (b_token, 1), beta_dtype),
+        A_log: T.Tensor((heads,), "float32"),
+        dt_bias: T.Tensor((heads,), "float32"),
         cu_seqlens: T.Tensor((documents + 1,), "int32"),
         initial_state: T.Tensor((starts, heads, K, V), "float32"),
         o: T.Tensor((tokens, heads, V), dtype),
@@ -68,37 +93,48 @@ def forward_kernel(key_dim, value_dim, dtype, keep):
         states: T.Tensor((kept, heads, V, K), dtype),
         final_state: T.Tensor((ends, heads, K, V), "float32"),
         scale: T.float32,
+        beta_factor: T.float32,
         ratio: T.int32,
     ):
-        with T.Kernel(T.ceildiv(V, part), heads, documents, threads=consumers + 128) as (p, head, document):
-            q_s = T.alloc_shared((C, K), dtype)
+        with T.Kernel(T.ceildiv(V, part), heads, documents, threads=consumers + 256) as (p, head, document):
+            T.import_source(EXP2)
+            q_s = T.alloc_shared((STAGES, C, K), dtype)
             k_s = T.alloc_shared((STAGES, C, K), dtype)
+            N_s = T.alloc_shared((PLACES, C, C), dtype)
+            P_s = T.alloc_shared((PLACES, C, C), dtype)
             v_s = T.alloc_shared((C, part), dtype)
-            N_s = T.alloc_shared((STAGES, C, C), dtype)
-            P_s = T.alloc_shared((C, C), dtype)
-            vec = T.alloc_shared((STAGES, VECTORS, C), "float32")
             o_s = T.alloc_shared((C, part), dtype)
             W_s = T.alloc_shared((C, part), dtype)
+            vec = T.alloc_shared((STAGES, VECTORS, C), "float32")
+            L_s = T.alloc_shared((C, C + 8), "float16")
+            inner_s = T.alloc_shared((C, C + 8), "float16")
+            block_s = T.alloc_shared((C // BLOCK, BLOCK, BLOCK + 4), "float32")
+
             S = T.alloc_fragment((part, K), "float32")
             S_r = T.alloc_fragment((part, K), dtype)
             X = T.alloc_fragment((part, C), "float32")
             O = T.alloc_fragment((part, C), "float32")
             left = T.alloc_fragment((part, C), dtype)
+            into = T.alloc_fragment((part, C), dtype)
             v_f = T.alloc_fragment((C, part), dtype)
-            out_f = T.alloc_fragment((C, part), dtype)
-            full = T.alloc_barrier([96] * STAGES)
-            empty = T.alloc_barrier([consumers] * STAGES)
-            q_full, q_empty = T.alloc_barrier([32]), T.alloc_barrier([consumers])
-            P_full, P_empty = T.alloc_barrier([32]), T.alloc_barrier([consumers])
-            T.annotate_min_blocks_per_sm(2)
+            W_f = T.alloc_fragment((C, part), dtype)
+            o_f = T.alloc_fragment((C, part), dtype)
+            Pf = T.alloc_fragment((C, C), "float32")
+            kk = T.alloc_fragment((C, C), "float32")
+            a, b, c_ = (T.alloc_local((8,), "float16") for _ in range(3))
+            out, column = T.alloc_local((16,), "float32"), T.alloc_local((BLOCK,), "float32")
+            sums, other = T.alloc_local((2,), "float32"), T.alloc_local((1,), "float32")
+            a_, b_ = T.alloc_local((8,), dtype), T.alloc_local((8,), dtype)
+
+            tiles_full = T.alloc_barrier([32] * STAGES)
+            tiles_empty = T.alloc_barrier([consumers] * STAGES)
+            v_full, v_empty = T.alloc_barrier([32]), T.alloc_barrier([consumers])
+            vec_full = T.alloc_barrier([64] * STAGES)
+            made_full, made_empty = T.alloc_barrier([128] * PLACES), T.alloc_barrier([consumers] * PLACES)
+            P_full = T.alloc_barrier([consumers] * PLACES)
             T.annotate_layout(
-                {
-                    v_f: transposed_accumulator(part),
-                    out_f: transposed_accumulator(part),
-                    v_s: make_full_bank_swizzled_layout(v_s),
-                    o_s: make_full_bank_swizzled_layout(o_s),
-                    W_s: make_full_bank_swizzled_layout(W_s),
-                }
+                {f: transposed_accumulator(part) for f in (v_f, W_f, o_f)}
+                | {x: make_full_bank_swizzled_layout(x) for x in (v_s, o_s, W_s)}
             )
             thread = T.get_thread_binding()
             group = T.alloc_var("int32")
@@ -107,66 +143,85 @@ def forward_kernel(key_dim, value_dim, dtype, keep):
             length = T.alloc_var("int32")
             start = cu_seqlens[document]
             length = cu_seqlens[document + 1] - start
+            chunks = T.alloc_var("int32")
+            chunks = T.ceildiv(length, C)
             slot = T.alloc_var("int32")
-            slot = start // C + document
-            columns = p * part
+            slot = start // STATE_STRIDE + document
 
             if thread < consumers:
-                T.set_max_nreg(216, 1)
+                T.set_max_nreg(registers, 1)
+                columns = p * part
                 if starts > 0:
                     for i, j in T.Parallel(part, K):
                         S[i, j] = initial_state[document, head, j, columns + i]
                 else:
                     T.clear(S)
-                for c in T.serial(T.ceildiv(length, C)):
+                for c in T.serial(chunks):
+                    stage = c % STAGES
                     T.copy(S, S_r)
                     if keep:
                         if c % (STATE_STRIDE // C) == 0:
                             T.copy(
-                                S_r,
-                                states[
-                                    start // STATE_STRIDE + document + c // (STATE_STRIDE // C),
-                                    head,
-                                    columns : columns + part,
-                                    :,
-                                ],
+                                S_r, states[slot + c // (STATE_STRIDE // C), head, columns : columns + part, :]
                             )
-                    T.barrier_wait(full[c % STAGES], c // STAGES % 2)
-                    T.gemm(S_r, k_s[c % STAGES, :, :], X, transpose_B=True, clear_accum=True)
-                    T.barrier_wait(q_full[0], c % 2)
-                    T.gemm(S_r, q_s, O, transpose_B=True, clear_accum=True)
+                    T.barrier_wait(tiles_full[stage], c // STAGES % 2)
+                    T.wgmma_gemm(S_r, k_s[stage, :, :], X, transpose_B=True, clear_accum=True, policy=rows_first)
+                    T.wgmma_gemm(S_r, q_s[stage, :, :], O, transpose_B=True, clear_accum=True, policy=rows_first)
+                    T.barrier_wait(vec_full[stage], c // STAGES % 2)
+                    T.wait_wgmma(1)
+                    T.warpgroup_fence_operand(X, num_regs=32)
+                    for i, j in T.Parallel(part, C):
+                        X[i, j] *= -vec[stage, GAMMA_KAPPA, j]
+                    T.wait_wgmma(0)
+                    T.warpgroup_fence_operand(O, num_regs=32)
+                    T.wgmma_gemm(
+                        q_s[stage, :, :], k_s[stage, :, :], Pf, transpose_B=True, clear_accum=True, policy=columns_first
+                    )
+                    T.barrier_wait(v_full[0], c % 2)
                     T.copy(v_s, v_f)
+                    for i, j in T.Parallel(part, C):
+                        X[i, j] += T.cast(v_f[j, i], "float32")
                     T.fence_proxy_async()  # v has been read when its place is given back: see common
-                    T.barrier_arrive(q_empty[0])
+                    T.barrier_arrive(v_empty[0])
+                    T.barrier_wait(made_full[c % PLACES], c // PLACES % 2)
+                    T.copy(X, left)
+                    T.wgmma_gemm(left, N_s[c % PLACES, :, :], X, transpose_B=True, policy=rows_first)
+                    T.wait_wgmma(1)
+                    T.warpgroup_fence_operand(Pf, num_regs=C * C // consumers)
+                    for i, j in T.Parallel(C, C):
+                        Pf[i, j] *= vec[stage, ROW_P, i]
+                    if not folded or vec[stage, LOG2, C - 1] <= -FAR:
+                        weigh(Pf, vec, stage, LOG2, RIGHT_P)
+                    cut(Pf, C * C // consumers, False)
+                    T.copy(Pf, P_s[c % PLACES, :, :])
+                    T.fence_proxy_async()
+                    T.barrier_arrive(P_full[c % PLACES])
                     for i, j in T.Parallel(part, C):
-                        X[i, j] = T.cast(v_f[j, i], "float32") - vec[c % STAGES, GAMMA_KAPPA, j] * X[i, j]
-                    for i, j in T.Parallel(part, C):
-                        left[i, j] = vec[c % STAGES, BETA, j] * X[i, j]
-                    T.gemm(left, N_s[c % STAGES, :, :], X, transpose_B=True)
-                    for i, j in T.Parallel(part, C):
-                        O[i, j] *= vec[c % STAGES, OUTPUT, j]
-                    for i, j in T.Parallel(part, C):
-                        left[i, j] = vec[c % STAGES, BETA, j] * X[i, j]
-                    T.barrier_wait(P_full[0], c % 2)
-                    T.gemm(left, P_s, O, transpose_B=True)
-                    T.barrier_arrive(P_empty[0])
-                    for i, j in T.Parallel(part, C):
-                        out_f[j, i] = X[i, j] * vec[c % STAGES, BETA_BAR, j]
-                    for i, j in T.Parallel(part, C):
-                        left[i, j] = vec[c % STAGES, INTO_STATE, j] * T.cast(out_f[j, i], "float32")
-                    gamma = T.alloc_var("float32")
-                    gamma = vec[c % STAGES, GAMMA, C - 1]
+                        O[i, j] *= vec[stage, OUTPUT, j]
                     for i, j in T.Parallel(part, K):
-                        S[i, j] *= gamma
-                    T.gemm(left, k_s[c % STAGES, :, :], S)
-                    T.barrier_arrive(empty[c % STAGES])
-                    T.tma_store_wait(0)
-                    T.sync_threads(1, consumers)
-                    if keep:
-                        T.copy(out_f, W_s)
+                        S[i, j] *= vec[stage, GAMMA, C - 1]
+                    T.wait_wgmma(0)
+                    T.warpgroup_fence_operand(X, num_regs=32)
                     for i, j in T.Parallel(part, C):
-                        out_f[j, i] = O[i, j]
-                    T.copy(out_f, o_s)
+                        W_f[j, i] = X[i, j] * vec[stage, BAR, j]
+                    for i, j in T.Parallel(part, C):
+                        left[i, j] = W_f[j, i]
+                    T.tma_store_wait(0)
+                    T.sync_threads(1, consumers)  # the outputs of the chunk before have left o_s and W_s
+                    if keep:
+                        T.copy(W_f, W_s)
+                    T.barrier_wait(P_full[c % PLACES], c // PLACES % 2)
+                    T.wgmma_gemm(left, P_s[c % PLACES, :, :], O, transpose_B=True, policy=rows_first)
+                    if not folded:
+                        for i, j in T.Parallel(part, C):
+                            into[i, j] = T.cast(W_f[j, i], "float32") * vec[stage, INTO_STATE, j]
+                    T.wgmma_gemm(left if folded else into, k_s[stage, :, :], S, policy=rows_first)
+                    T.wait_wgmma(1)
+                    T.warpgroup_fence_operand(O, num_regs=32)
+                    T.barrier_arrive(made_empty[c % PLACES])
+                    for i, j in T.Parallel(part, C):
+                        o_f[j, i] = O[i, j]
+                    T.copy(o_f, o_s)
                     T.fence_proxy_async()
                     T.sync_threads(1, consumers)
                     first = start + c * C
@@ -182,54 +237,68 @@ def forward_kernel(key_dim, value_dim, dtype, keep):
                             for i, j in T.Parallel(C, part):
                                 if c * C + i < length and columns + j < V:
                                     W[first + i, head, columns + j] = W_s[i, j]
+                    T.wait_wgmma(0)
+                    T.warpgroup_fence_operand(S, num_regs=K // 2)
+                    T.barrier_arrive(tiles_empty[stage])
                 if ends > 0:
                     for i, j in T.Parallel(part, K):
                         final_state[document, head, j, columns + i] = S[i, j]
                 T.tma_store_wait(0)
+            elif thread < consumers + 128:
+                T.set_max_nreg(auxiliary_registers, 0)
+                for c in T.serial(chunks):
+                    stage = c % STAGES
+                    T.barrier_wait(tiles_full[stage], c // STAGES % 2)
+                    T.barrier_wait(vec_full[stage], c // STAGES % 2)
+                    make_N(
+                        thread - consumers, 7, k_s, vec, stage, N_s, c % PLACES, L_s, inner_s, block_s, kk, a, b, c_, out,
+                        column, made_empty, (c // PLACES + 1) % 2, True,
+                    )  # fmt: skip
+                    T.barrier_arrive(made_full[c % PLACES])
             else:
-                T.set_max_nreg(40, 0)
-                if thread < consumers + 32:
-                    for c in T.serial(T.ceildiv(length, C)):
-                        T.barrier_wait(empty[c % STAGES], (c // STAGES + 1) % 2)
+                T.set_max_nreg(producer_registers, 0)
+                if thread < consumers + 160:
+                    for c in T.serial(chunks):
+                        stage = c % STAGES
+                        T.barrier_wait(tiles_empty[stage], (c // STAGES + 1) % 2)
                         first = start + c * C
                         left_rows = length - c * C
                         if left_rows >= C:
-                            T.tma_copy(k[first : first + C, group, :], k_s[c % STAGES, :, :], barrier=full[c % STAGES])
+                            T.tma_copy(k[first : first + C, group, :], k_s[stage, :, :], barrier=tiles_full[stage])
+                            T.tma_copy(q[first : first + C, group, :], q_s[stage, :, :], barrier=tiles_full[stage])
                         else:
-                            load_tail(k_s, c % STAGES, k, first, group, 0, left_rows, K)
+                            load_tail(k_s, stage, k, first, group, 0, left_rows, K)
+                            load_tail(q_s, stage, q, first, group, 0, left_rows, K)
                             T.fence_proxy_async()
-                        T.tma_copy(N[slot + c, head, :, :], N_s[c % STAGES, :, :], barrier=full[c % STAGES])
-                        T.barrier_arrive(full[c % STAGES])
-                        T.barrier_wait(q_empty[0], (c + 1) % 2)
+                        T.barrier_arrive(tiles_full[stage])
+                        T.barrier_wait(v_empty[0], (c + 1) % 2)
+                        columns = p * part
                         if left_rows >= C:
-                            T.tma_copy(q[first : first + C, group, :], q_s, barrier=q_full[0])
-                            T.tma_copy(v[first : first + C, head, columns : columns + part], v_s, barrier=q_full[0])
+                            T.tma_copy(v[first : first + C, head, columns : columns + part], v_s, barrier=v_full[0])
                         else:
-                            load_tail_of(q_s, q, first, group, 0, left_rows, K)
                             load_tail_of(v_s, v, first, head, columns, left_rows, part)
                             T.fence_proxy_async()
-                        T.barrier_arrive(q_full[0])
-                        T.barrier_wait(P_empty[0], (c + 1) % 2)
-                        T.tma_copy(P[slot + c, head, :, :], P_s, barrier=P_full[0])
-                        T.barrier_arrive(P_full[0])
-                elif thread < consumers + 96:
-                    i = thread - consumers - 32
-                    for c in T.serial(T.ceildiv(length, C)):
-                        T.barrier_wait(empty[c % STAGES], (c // STAGES + 1) % 2)
-                        total = gates[slot + c, head, 0, i]
-                        beta = gates[slot + c, head, 1, i]
-                        chi = norms[slot + c, group, 0, i]
-                        kappa = norms[slot + c, group, 1, i]
-                        gamma_i = T.exp2(total * LOG2E)
-                        bar = T.max(beta, BETA_MIN[dtype])
-                        vec[c % STAGES, GAMMA_KAPPA, i] = gamma_i * kappa
-                        vec[c % STAGES, GAMMA, i] = gamma_i
-                        vec[c % STAGES, BETA, i] = beta
-                        vec[c % STAGES, BETA_BAR, i] = bar
-                        vec[c % STAGES, OUTPUT, i] = scale * gamma_i * chi
-                        vec[c % STAGES, INTO_STATE, i] = (
-                            T.exp2((gates[slot + c, head, 0, C - 1] - total) * LOG2E) * kappa * beta / bar
-                        )
-                        T.barrier_arrive(full[c % STAGES])
+                        T.barrier_arrive(v_full[0])
+                elif thread < consumers + 192:
+                    if keep:  # the place that no state of this document takes, if there is one
+                        used = T.ceildiv(length, STATE_STRIDE)
+                        if slot + used < (start + length) // STATE_STRIDE + document + 1:
+                            for block in T.serial(T.ceildiv(part * K, 32 * 8)):
+                                row = (block * 32 + thread % 32) // (K // 8)
+                                if row < part and p * part + row < V:
+                                    for x in T.vectorized(8):
+                                        states[
+                                            slot + used, head, p * part + row, (block * 32 + thread % 32) % (K // 8) * 8 + x
+                                        ] = 0
+                else:
+                    for c in T.serial(chunks):
+                        stage = c % STAGES
+                        T.barrier_wait(tiles_empty[stage], (c // STAGES + 1) % 2)
+                        make_vectors(
+                            vec, stage, thread - consumers - 192, 6, q_s, k_s, tiles_full, c // STAGES % 2, g, beta,
+                            A_log, dt_bias, start + c * C, length - c * C, head, scale, beta_factor, sums, other, a_, b_, out, K, dtype, l2norm,
+                            gate, sigmoid, False,
+                        )  # fmt: skip
+                        T.barrier_arrive(vec_full[stage])
 
     return forward

@@ -30,16 +30,24 @@ MAKERS = {
     "gradients": gradients_kernel,
 }
 
+# The scans synchronise by hand, and no two of their buffers share memory.
+BY_HAND = {"tl.disable_thread_storage_sync": True, "tl.disable_shared_memory_reuse": True}
+PASS_CONFIGS = {"forward": BY_HAND}
+
 _compiled: dict[tuple, object] = {}
 _lock = Lock()
 
 
-def specialisations(key_dim, value_dim, dtype, l2norm, gate, sigmoid, raw_dtype, beta_dtype, keep) -> dict:
-    """What one call needs, by name; with `keep` its backward as well. dtypes are names such as "bfloat16"."""
+def specialisations(key_dim, value_dim, dtype, l2norm, gate, sigmoid, raw_dtype, beta_dtype, keep, part=None) -> dict:
+    """What one call needs, by name; with `keep` its backward as well. dtypes are names such as "bfloat16".
+
+    `part`: rows of V that a block of the scans takes, 64 or 128; what fills the chip soonest when None.
+    """
+    part = part or min(128, -(-value_dim // 64) * 64)
     needed = {
         "boundaries": ("boundaries",),
         "prepare": ("prepare", key_dim, dtype, l2norm, gate, sigmoid, raw_dtype, beta_dtype),
-        "forward": ("forward", key_dim, value_dim, dtype, keep),
+        "forward": ("forward", key_dim, value_dim, dtype, part, keep, l2norm, gate, sigmoid, raw_dtype, beta_dtype),
     }
     if keep:
         needed["expand"] = ("expand", key_dim, value_dim, dtype)
@@ -54,17 +62,18 @@ def load(needed: list[tuple]) -> None:
         missing = [key for key in dict.fromkeys(needed) if key not in _compiled]
         if not missing:
             return
-        functions = [MAKERS[name](*rest) for name, *rest in missing]
+        functions = [(MAKERS[name](*rest), PASS_CONFIGS.get(name)) for name, *rest in missing]
         with ThreadPoolExecutor(min(len(missing), len(os.sched_getaffinity(0)))) as pool:
             built = pool.map(_compile, functions)
             progress = tqdm(built, "compiling Hopper kernels", len(missing), delay=2.0, unit="kernel")
             _compiled.update(zip(missing, progress, strict=True))
 
 
-def _compile(function):
+def _compile(made):
+    function, pass_configs = made
     logging.getLogger("tilelang").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", "Non-empty msg", UserWarning)  # the assertions of `boundaries`
-    return tilelang.compile(function, target=TARGET)
+    return tilelang.compile(function, target=TARGET, pass_configs=pass_configs)
 
 
 def kernel(key: tuple):

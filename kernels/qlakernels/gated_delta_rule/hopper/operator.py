@@ -102,9 +102,13 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _specialisations(q, k, value_dim, g, beta, l2norm, gate, sigmoid, keep) -> dict[str, tuple]:
+def _specialisations(q, k, value_dim, g, beta, documents, l2norm, gate, sigmoid, keep) -> dict[str, tuple]:
     dtypes = _name(g.dtype), _name(beta.dtype)
-    needed = specialisations(k.shape[2], value_dim, _name(q.dtype), l2norm, gate, sigmoid, *dtypes, keep)
+    # a block of 128 rows of V serves more of them with one N and P; one of 64 has the shorter chain
+    blocks = documents * g.shape[1] * -(-value_dim // 128)
+    few = 2 * blocks <= torch.cuda.get_device_properties(q.device).multi_processor_count
+    part = 64 if few or value_dim <= 64 else 128
+    needed = specialisations(k.shape[2], value_dim, _name(q.dtype), l2norm, gate, sigmoid, *dtypes, keep, part)
     load(list(needed.values()))
     return needed
 
@@ -161,11 +165,26 @@ def _forward(
     (tokens, groups, key_dim), (heads, value_dim) = k.shape, v.shape[1:]
     if initial_state is None:
         initial_state = final_state.new_empty(0, heads, key_dim, value_dim)
-    keys = _specialisations(q, k, value_dim, g, beta, l2norm, gate, sigmoid, keep)
+    keys = _specialisations(q, k, value_dim, g, beta, cu_seqlens.numel() - 1, l2norm, gate, sigmoid, keep)
     kernel(keys["boundaries"])(cu_seqlens, tokens)
-    N, P, gates, norms = _prepare(keys["prepare"], q, k, g, beta, cu_seqlens, A_log, dt_bias, scale, neg)
+    A_log, dt_bias = (final_state.new_zeros(heads) if x is None else x.float().contiguous() for x in (A_log, dt_bias))
     kernel(keys["forward"])(
-        q, k, v, N, P, gates, norms, cu_seqlens, initial_state, o, W, states, final_state, scale, heads // groups
+        q,
+        k,
+        v,
+        rows(g),
+        rows(beta),
+        A_log,
+        dt_bias,
+        cu_seqlens,
+        initial_state,
+        o,
+        W,
+        states,
+        final_state,
+        scale,
+        2.0 if neg else 1.0,
+        heads // groups,
     )
     return o, final_state, W, states
 
@@ -232,7 +251,7 @@ def _backward(
     documents = cu_seqlens.numel() - 1
     slots, _, steps = _sizes(tokens, documents)
     ratio = heads // groups
-    keys = _specialisations(q, k, value_dim, g, beta, l2norm, gate, sigmoid, True)
+    keys = _specialisations(q, k, value_dim, g, beta, documents, l2norm, gate, sigmoid, True)
     N, P, gates, norms = _prepare(keys["prepare"], q, k, g, beta, cu_seqlens, A_log, dt_bias, scale, neg)
     every, d_states = (q.new_empty(slots, heads, value_dim, key_dim) for _ in range(2))
     kernel(keys["expand"])(k, W, gates, norms, cu_seqlens, states, every, steps, ratio)

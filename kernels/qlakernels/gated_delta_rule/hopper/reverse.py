@@ -21,7 +21,6 @@ from qlakernels.gated_delta_rule.hopper.common import (
     BETA_MIN,
     CHUNK,
     LOG2E,
-    ROWS,
     load_tail,
     load_tail_of,
     transposed_accumulator,
@@ -35,7 +34,7 @@ RHO_KAPPA, BETA, BETA_BAR, OUTPUT, INTO_STATE, GAMMA = range(VECTORS)
 def reverse_kernel(key_dim, value_dim, dtype):
     C = CHUNK
     K, V = key_dim, value_dim
-    part = ROWS
+    part = 64
     consumers = 128
     tokens, heads, groups = T.dynamic("tokens"), T.dynamic("heads"), T.dynamic("groups")
     slots, documents, starts, ends = (T.dynamic(x) for x in ("slots", "documents", "starts", "ends"))

@@ -1,0 +1,294 @@
+"""What both scans prepare of a chunk, one chunk ahead of the state: its vectors, and its matrices N and P.
+
+For a chunk of C tokens and one value head, with G = cumsum(g), Γ_ij = exp(G_i − G_j) (i ≥ j), and χ, κ the reciprocal
+lengths of q and k (1 without L2 normalisation):
+
+    L_ij = κ_i κ_j Γ_ij k_i·k_j   (i > j)          P_ij = scale χ_i κ_j Γ_ij q_i·k_j   (i ≥ j)
+    N = −L (I + diag(β) L)⁻¹                        so that (I + L diag(β))⁻¹ = I + N diag(β)
+
+N is strictly lower triangular and regular at β = 0. It is solved in blocks of 16, warp I with the rows of block I:
+
+    N_II     row by row in float32, a thread a column
+    N_IJ     for the pairs (1, 0) and (3, 2): N_IJ = −(I + N_II β_I) L_IJ (I + β_J N_JJ)
+    N_IJ     for I in {2, 3}, J in {0, 1}: the same with the blocks of 32 that are known by now
+
+in tensor-core products of 16×16 blocks. Their operands are rounded to float16: entries of N stay within 1 for unit keys
+and β ≤ 2, and bfloat16 would double the error where keys repeat.
+
+`make_vectors` is run by two warps, a thread a token; `make_N` by a warpgroup of its own, a chunk ahead of the state;
+`make_P` by each consumer of the scans for a part of P's columns, beside its products.
+"""
+
+import tilelang.language as T
+
+from qlakernels.gated_delta_rule.hopper.common import (
+    BETA_MIN,
+    CHUNK,
+    L2_EPS,
+    LOG2E,
+    exp2,
+    folds_decay,
+    weight_of_W,
+)
+
+BLOCK = 16
+# rows of a chunk's vectors in shared memory, [VECTORS, CHUNK] in float32
+VECTORS = 12
+LEFT_L, RIGHT_L, LOG2, RIGHT_P, ROW_P, BETA, BAR, GAMMA, GAMMA_KAPPA, RHO_KAPPA, OUTPUT, INTO_STATE = range(VECTORS)
+FAR = 80.0  # powers of two: decay over a chunk up to which it can be taken out of Γ
+ABBREVIATION = {"bfloat16": "bf16", "float16": "fp16"}
+
+
+@T.macro
+def square_rows(vec, stage, into, tile, top, lane, a, b, sums, key_dim, dtype):
+    """vec[stage, into, top : top + 16] ← the sums of squares of 16 rows of tile[stage], by a warp.
+
+    They are the diagonal of a product: columns 0 to 7 of its upper half, 8 to 15 of its lower one.
+    """
+    for x in T.unroll(8):
+        sums[x] = 0.0
+    for step in T.serial(key_dim // BLOCK):
+        T.ptx_ldmatrix(
+            T.bool(False),
+            4,
+            T.access_ptr(tile[stage, top + lane % 16, step * BLOCK + lane // 16 * 8], "r", extent=8),
+            T.access_ptr(a[0], "w", extent=8),
+        )
+        for x in T.unroll(8):  # the same rows as columns: [0 1 4 5] and [2 3 6 7]
+            b[x] = a[x // 4 * 2 + x % 4 // 2 * 4 + x % 2]
+        for half in T.unroll(2):
+            T.ptx_mma(
+                "float32", "m16n8k16", "row", "col", ABBREVIATION[dtype], ABBREVIATION[dtype], "fp32",
+                a.data, 0, b.data, half * 4, sums.data, half * 4, T.bool(False),
+            )  # fmt: skip
+    for e in T.unroll(2):
+        if lane // 4 == lane % 4 * 2 + e:
+            vec[stage, into, top + lane // 4] = sums[e]
+            vec[stage, into, top + 8 + lane // 4] = sums[6 + e]
+
+
+@T.macro
+def make_vectors(
+    vec, stage, i, barrier, q_s, k_s, tiles_full, parity, g, beta, A_log, dt_bias, first, size, head, scale,
+    beta_factor, sums, other, a, b, products, key_dim, dtype, l2norm, gate, sigmoid, reverse,
+):  # fmt: skip
+    """vec[stage] ← the vectors of the chunk at token `first`, of which `size` tokens exist; i: this thread's token.
+
+    Run by two warps with a named barrier of their own. The gates are read before the wait for the chunk's q and k.
+    `reverse`: as the reverse scan needs them, see the last lines.
+    """
+    lane = i % 32
+    # both warps read all 64 gates, two a thread: the sum over the chunk needs no exchange between them
+    for half in T.unroll(2):
+        token = half * 32 + lane
+        x = T.if_then_else(token < size, T.cast(g[first + token, head], "float32"), 0.0)
+        if gate:
+            y = x + dt_bias[head]
+            # softplus, without overflow and without loss where it is small
+            soft = T.max(y, 0.0) + T.log1p(T.exp(-T.abs(y)))
+            sums[half] = T.if_then_else(token < size, -T.exp(A_log[head]) * soft, 0.0)
+        else:
+            sums[half] = x
+    step_size = T.alloc_var("float32")
+    step_size = T.if_then_else(i < size, T.cast(beta[first + i, head], "float32"), 0.0)
+    if sigmoid:
+        step_size = T.if_then_else(i < size, beta_factor / (1.0 + T.exp(-step_size)), 0.0)
+    for half in T.unroll(2):
+        for step in T.unroll(5):
+            other[0] = T.shfl_up(sums[half], 1 << step)
+            if lane >= 1 << step:
+                sums[half] += other[0]
+    sums[1] += T.shfl_sync(sums[0], 31)
+    whole = T.alloc_var("float32")
+    whole = T.shfl_sync(sums[1], 31) * LOG2E
+    log2 = T.alloc_var("float32")
+    log2 = T.if_then_else(i < 32, sums[0], sums[1]) * LOG2E
+    gamma = exp2(log2)
+    rho = exp2(whole - log2)
+    chi = T.alloc_var("float32", init=1.0)
+    kappa = T.alloc_var("float32", init=1.0)
+    T.barrier_wait(tiles_full[stage], parity)
+    if l2norm:
+        for half in T.serial(2):
+            square_rows(vec, stage, ROW_P, q_s, i // 32 * 32 + half * BLOCK, lane, a, b, products, key_dim, dtype)
+            square_rows(vec, stage, GAMMA_KAPPA, k_s, i // 32 * 32 + half * BLOCK, lane, a, b, products, key_dim, dtype)
+        T.sync_warp()
+        chi = T.rsqrt(vec[stage, ROW_P, i] + L2_EPS)
+        kappa = T.rsqrt(vec[stage, GAMMA_KAPPA, i] + L2_EPS)
+        T.sync_warp()
+    log2_kappa = T.log2(kappa)
+    vec[stage, LEFT_L, i] = log2 + log2_kappa
+    vec[stage, RIGHT_L, i] = log2 - log2_kappa
+    vec[stage, LOG2, i] = log2
+    vec[stage, BETA, i] = step_size
+    vec[stage, GAMMA, i] = gamma
+    vec[stage, OUTPUT, i] = scale * gamma * chi
+    if reverse:
+        bar = T.max(step_size, BETA_MIN[dtype])
+        vec[stage, ROW_P, i] = scale * chi
+        vec[stage, BAR, i] = bar
+        vec[stage, RHO_KAPPA, i] = rho * kappa
+        vec[stage, INTO_STATE, i] = -gamma * kappa * (step_size / bar)
+    else:
+        omega = T.alloc_var("float32")
+        omega = weight_of_W(step_size, rho, kappa, dtype)
+        vec[stage, GAMMA_KAPPA, i] = gamma * kappa
+        vec[stage, BAR, i] = omega
+        vec[stage, INTO_STATE, i] = rho * (kappa * step_size / omega)
+        if folds_decay(dtype):
+            # (κβ/ω)_j is 1/ρ_j: what is left of Γ depends on the row alone, but for decay that bfloat16 cannot hold
+            vec[stage, RIGHT_P, i] = log2 - T.log2(kappa * step_size / omega)
+            vec[stage, ROW_P, i] = scale * chi * T.if_then_else(whole > -FAR, exp2(log2 - whole), 1.0)
+        else:
+            vec[stage, RIGHT_P, i] = log2 - T.log2(kappa * step_size / omega)
+            vec[stage, ROW_P, i] = scale * chi
+
+
+@T.macro
+def weigh(matrix, vec, stage, left, right):
+    """matrix_ij [C, C] ← 2^(left_i − right_j) matrix_ij, rows of vec; above the diagonal anything, infinity among it."""
+    for i, j in T.Parallel(CHUNK, CHUNK):
+        matrix[i, j] *= exp2(vec[stage, left, i] - vec[stage, right, j])
+
+
+@T.macro
+def cut(matrix, registers, strict):
+    """matrix_ij [C, C] ← 0 for i < j (i ≤ j if strict). The fence keeps what was computed from becoming a branch."""
+    T.warpgroup_fence_operand(matrix, num_regs=registers)
+    for i, j in T.Parallel(CHUNK, CHUNK):
+        matrix[i, j] = T.Select(i > j if strict else i >= j, matrix[i, j], T.float32(0.0))
+
+
+@T.macro
+def load_block(block, source, row, column, lane, transposed):
+    """block [8] ← the 16×16 block of source [C, C + 8] at (row, column), as a left operand of `multiply`, by a warp.
+
+    `transposed`: as a right one instead.
+    """
+    T.ptx_ldmatrix(
+        T.bool(transposed),
+        4,
+        T.access_ptr(source[row + lane % 16, column + lane // 16 * 8], "r", extent=8),
+        T.access_ptr(block[0], "w", extent=8),
+    )
+
+
+@T.macro
+def multiply(out, tile, left, right):
+    """out[4 tile : 4 tile + 8] += left right, blocks of 16×16 in the registers of a warp."""
+    for half in T.unroll(2):
+        T.ptx_mma(
+            "float32", "m16n8k16", "row", "col", "fp16", "fp16", "fp32",
+            left.data, 0, right.data, half * 4, out.data, (tile + half) * 4, T.bool(False),
+        )  # fmt: skip
+
+
+@T.macro
+def as_left(block, out, tile, vec, stage, column, lane):
+    """block ← −out diag(β), out's tiles of 16×8 from `tile` on, which stand at `column`."""
+    for x in T.unroll(8):
+        block[x] = -out[tile * 4 + x] * vec[stage, BETA, column + lane % 4 * 2 + x % 2 + x // 4 * 8]
+
+
+@T.macro
+def store_block(N_s, place, out, tile, vec, stage, row, column, lane, fold_beta):
+    """N_s[place] ← two tiles of `out`, with its columns times β if `fold_beta`."""
+    for half in T.unroll(4):
+        for x in T.vectorized(2):
+            N_s[place, row + lane // 4 + half % 2 * 8, column + half // 2 * 8 + lane % 4 * 2 + x] = out[
+                tile * 4 + half * 2 + x
+            ] * (vec[stage, BETA, column + half // 2 * 8 + lane % 4 * 2 + x] if fold_beta else 1.0)
+
+
+@T.macro
+def make_N(
+    t, barrier, k_s, vec, stage, N_s, place, L_s, inner_s, block_s, kk, a, b, c, out, column, free, free_parity,
+    fold_beta,
+):  # fmt: skip
+    """N_s[place] ← the chunk's N. Run by a warpgroup, whose threads are t = 0 to 127.
+
+    `free`, `free_parity`: the barriers behind which a place may be written. `fold_beta`: write N diag(β) instead.
+    `barrier`: a named barrier of the warpgroup's own.
+    """
+    C = CHUNK
+    warp = t // 32
+    lane = t % 32
+    top = warp * BLOCK
+    T.gemm(k_s[stage, :, :], k_s[stage, :, :], kk, transpose_B=True, clear_accum=True)
+    weigh(kk, vec, stage, LEFT_L, RIGHT_L)
+    cut(kk, C * C // 128, True)
+    T.sync_threads(barrier, 128)  # the chunk before has been read
+    for i, j in T.Parallel(C, C):
+        if i // BLOCK == j // BLOCK:
+            block_s[i // BLOCK, j % BLOCK, i % BLOCK] = kk[i, j]
+    for i, j in T.Parallel(C, C):
+        L_s[i, j] = kk[i, j]
+    T.barrier_wait(free[place], free_parity)
+    T.sync_warp()
+    # N_II: a thread has a column, what is known of it is taken from the rows below
+    for i in T.unroll(BLOCK):
+        column[i] = block_s[warp, lane % BLOCK, i]
+    for m in T.unroll(BLOCK - 1):
+        scaled = column[m] * vec[stage, BETA, top + m]
+        for i in T.unroll(m + 1, BLOCK):
+            column[i] -= block_s[warp, m, i] * scaled
+    if lane < BLOCK:
+        for i in T.unroll(BLOCK):
+            inner_s[top + i, top + lane] = -column[i]
+    for x in T.unroll(16):
+        out[x] = 0.0
+    for J in T.unroll(1, C // BLOCK):
+        if J > warp:
+            store_block(N_s, place, out, 0, vec, stage, top, J * BLOCK, lane, False)
+    T.sync_warp()
+    load_block(a, inner_s, top, top, lane, False)
+    for x in T.unroll(8):
+        out[x] = T.cast(a[x], "float32")
+    store_block(N_s, place, out, 0, vec, stage, top, top, lane, fold_beta)
+    T.sync_threads(barrier, 128)
+    if warp % 2 == 1:
+        for x in T.unroll(8):
+            a[x] = T.cast(a[x], "float32") * vec[stage, BETA, top + lane % 4 * 2 + x % 2 + x // 4 * 8]
+        load_block(b, L_s, top, top - BLOCK, lane, True)
+        for x in T.unroll(8):
+            out[x] = L_s[top + lane // 4 + x // 2 % 2 * 8, top - BLOCK + x // 4 * 8 + lane % 4 * 2 + x % 2]
+        multiply(out, 0, a, b)
+        as_left(a, out, 0, vec, stage, top - BLOCK, lane)
+        for x in T.unroll(8):
+            out[x] = -out[x]
+        load_block(b, inner_s, top - BLOCK, top - BLOCK, lane, True)
+        multiply(out, 0, a, b)
+        for half in T.unroll(4):
+            for x in T.vectorized(2):
+                inner_s[
+                    top + lane // 4 + half % 2 * 8, top - BLOCK + half // 2 * 8 + lane % 4 * 2 + x
+                ] = out[half * 2 + x]
+        store_block(N_s, place, out, 0, vec, stage, top, top - BLOCK, lane, fold_beta)
+    T.sync_threads(barrier, 128)
+    if warp >= 2:
+        for x in T.unroll(16):
+            out[x] = L_s[top + lane // 4 + x // 2 % 2 * 8, x // 4 * 8 + lane % 4 * 2 + x % 2]
+        for step in T.unroll(2):
+            if 2 + step <= warp:
+                load_block(a, inner_s, top, (2 + step) * BLOCK, lane, False)
+                for x in T.unroll(8):
+                    a[x] = (
+                        T.cast(a[x], "float32")
+                        * vec[stage, BETA, (2 + step) * BLOCK + lane % 4 * 2 + x % 2 + x // 4 * 8]
+                    )
+                for J in T.unroll(2):
+                    load_block(b, L_s, (2 + step) * BLOCK, J * BLOCK, lane, True)
+                    multiply(out, J * 2, a, b)
+        as_left(a, out, 0, vec, stage, 0, lane)
+        as_left(b, out, 2, vec, stage, BLOCK, lane)
+        for x in T.unroll(16):
+            out[x] = -out[x]
+        load_block(c, inner_s, 0, 0, lane, True)
+        multiply(out, 0, a, c)
+        load_block(c, inner_s, BLOCK, 0, lane, True)
+        multiply(out, 0, b, c)
+        load_block(c, inner_s, BLOCK, BLOCK, lane, True)
+        multiply(out, 2, b, c)
+        for J in T.unroll(2):
+            store_block(N_s, place, out, J * 2, vec, stage, top, J * BLOCK, lane, fold_beta)
+    T.fence_proxy_async()
