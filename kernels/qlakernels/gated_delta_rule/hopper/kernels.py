@@ -1,7 +1,7 @@
 """The kernels as they are compiled: which specialisations a call needs, built side by side, kept in the disk cache.
 
 A specialisation is (kernel, what its maker takes). Lengths, batch, heads and strides are read at run time: a model
-needs seven kernels whatever its batches look like.
+needs eight kernels whatever its batches look like.
 """
 
 import logging
@@ -12,11 +12,13 @@ from threading import Lock
 
 import tilelang
 from tqdm import tqdm
+from tvm.runtime import Executable
 
 from qlakernels.gated_delta_rule.hopper.boundaries import boundaries_kernel
 from qlakernels.gated_delta_rule.hopper.common import TARGET
 from qlakernels.gated_delta_rule.hopper.expand import expand_kernel
 from qlakernels.gated_delta_rule.hopper.forward import forward_kernel
+from qlakernels.gated_delta_rule.hopper.gate_gradients import gate_gradients_kernel
 from qlakernels.gated_delta_rule.hopper.gradients import gradients_kernel
 from qlakernels.gated_delta_rule.hopper.prepare import prepare_kernel
 from qlakernels.gated_delta_rule.hopper.reverse import reverse_kernel
@@ -28,6 +30,7 @@ MAKERS = {
     "expand": expand_kernel,
     "reverse": reverse_kernel,
     "gradients": gradients_kernel,
+    "gate_gradients": gate_gradients_kernel,
 }
 
 _compiled: dict[tuple, object] = {}
@@ -45,6 +48,8 @@ def specialisations(key_dim, value_dim, dtype, l2norm, gate, sigmoid, raw_dtype,
         needed["expand"] = ("expand", key_dim, value_dim, dtype)
         needed["reverse"] = ("reverse", key_dim, value_dim, dtype)
         needed["gradients"] = ("gradients", key_dim, value_dim, dtype, l2norm)
+        if gate or sigmoid:
+            needed["gate_gradients"] = ("gate_gradients", gate, sigmoid, raw_dtype, beta_dtype)
     return needed
 
 
@@ -72,3 +77,14 @@ def kernel(key: tuple):
     if key not in _compiled:
         load([key])
     return _compiled[key]
+
+
+def launcher(key: tuple):
+    """The function that launches the kernel of a specialisation, without the Python that tilelang wraps around it.
+
+    That Python (5 µs a call) makes outputs, of which our kernels return none. The function itself checks the number,
+    dtypes, shapes, strides and device of its arguments, and takes the current stream of the tensors' device.
+    """
+    executable = kernel(key).adapter.get_exportable_executable()
+    module = executable.jit() if isinstance(executable, Executable) else executable  # just compiled, or from the cache
+    return module.get_function("main", query_imports=True)
