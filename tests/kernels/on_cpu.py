@@ -1,7 +1,7 @@
-"""Kernels simple enough for it run on the CPU, in float32: TileLang's `c` target, with all of a block's threads in turn.
+"""Runs simple kernels on the CPU, in float32: TileLang's `c` target, which has one thread.
 
-What belongs to the threads together (fragments, shared memory, T.Parallel) becomes arrays and loops; assertions go, and
-tensors have no strides of their own.
+What the threads of a block have together (fragments, shared memory, T.Parallel) becomes arrays and loops; assertions
+go, and tensors are contiguous.
 """
 
 import tilelang

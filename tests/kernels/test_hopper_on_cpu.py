@@ -59,5 +59,5 @@ def test_order_of_documents(most, monkeypatch):
         kernel(cu_seqlens, order, int(cu_seqlens[-1]))
         expected = range(len(lengths))
         if len(lengths) <= most:
-            expected = sorted(expected, key=lambda n: -lengths[n])  # noqa: B023
+            expected = sorted(expected, key=lambda n: -lengths[n])
         assert order.tolist() == list(expected)

@@ -41,21 +41,22 @@ def run(
 ):
     """As `chunk_gated_delta_rule`."""
     batch, tokens = q.shape[:2]
-    documents = batch
     if cu_seqlens is not None:
-        documents = cu_seqlens.numel() - 1
         cu_seqlens = cu_seqlens.to(q.device, torch.int32, non_blocking=True)
     if batch * tokens == 0:
-        return _of_no_tokens(k, v, documents, initial_state, output_final_state)
+        return _of_no_tokens(k, v, _documents(q, cu_seqlens), initial_state, output_final_state)
     inputs = (q, k, v, g, beta, initial_state, A_log, dt_bias)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     o, final_state, _, _, _ = _forward_op(
-        *(tokens_first(x) for x in (q, k, v, g, beta)),
+        q,
+        k,
+        v,
+        g,
+        beta,
         cu_seqlens,
         A_log,
         dt_bias,
         None if initial_state is None else initial_state.float().contiguous(),
-        documents,
         scale,
         output_final_state,
         use_qk_l2norm_in_kernel,
@@ -64,7 +65,7 @@ def run(
         allow_neg_eigval,
         keep,
     )
-    return o.view(v.shape), (final_state if output_final_state else None)
+    return o, (final_state if output_final_state else None)
 
 
 def _of_no_tokens(k, v, documents, initial_state, output_final_state):
@@ -82,14 +83,18 @@ def tokens_first(x: torch.Tensor) -> torch.Tensor:
 
 
 def tiles(x: torch.Tensor) -> torch.Tensor:
-    """x [tokens, H, D] as the copy engine takes it: rows of D, 16-byte steps. A view, unless a stride forbids it."""
+    """x [B, T, H, D] as the copy engine takes it, [B·T, H, D]: rows of D, 16-byte steps. A view, unless a stride
+    forbids it."""
+    x = tokens_first(x)
     step = 16 // x.element_size()
-    strides_fit = x.stride(2) == 1 and all(stride > 0 and stride % step == 0 for stride in x.stride()[:2])
-    return x if strides_fit and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
+    token, head, last = x.stride()
+    fits = last == 1 and token > 0 and head > 0 and token % step == 0 and head % step == 0 and x.data_ptr() % 16 == 0
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 
 def rows(x: torch.Tensor) -> torch.Tensor:
-    """x [tokens, heads] with heads behind each other: a view, unless they are not."""
+    """x [B, T, H] as [B·T, H] with heads behind each other: a view, unless they are not."""
+    x = tokens_first(x)
     return x if x.stride(1) == 1 else x.contiguous()
 
 
@@ -116,11 +121,17 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _documents(launch, cu_seqlens, documents, tokens, device):
+def _documents(q, cu_seqlens) -> int:
+    """How many, with q [B, T, Hk, K]"""
+    return q.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+
+
+def _boundaries(launch, q, cu_seqlens) -> tuple[torch.Tensor, torch.Tensor]:
     """(cu_seqlens, the order for the scans to take the documents in); those that were given are checked."""
+    batch, tokens = q.shape[:2]
     if cu_seqlens is None:
-        return constant(equal_rows, documents, tokens // documents, device=device)
-    order = torch.empty(documents, dtype=torch.int32, device=device)
+        return constant(equal_rows, batch, tokens, device=q.device)
+    order = cu_seqlens.new_empty(cu_seqlens.numel() - 1)
     launch["boundaries"](cu_seqlens, order, tokens)
     return cu_seqlens, order
 
@@ -141,8 +152,8 @@ def _prepare(launch, q, k, g, beta, cu, A_log, dt_bias, scale, neg):
     launch["prepare"](
         q,
         k,
-        rows(g),
-        rows(beta),
+        g,
+        beta,
         A_log,
         dt_bias,
         cu,
@@ -168,7 +179,6 @@ def _forward(
     A_log,
     dt_bias,
     initial_state,
-    documents,
     scale,
     output_final_state,
     l2norm,
@@ -177,29 +187,46 @@ def _forward(
     neg,
     keep,
 ):
-    """Tensors [tokens, H, D]; returns o and final states, and for the backward W, every fourth chunk's state and the
-    order of the documents where they were given."""
-    q, k, v = tiles(q), tiles(k), tiles(v)
-    o, final_state, W, states = _outputs(q, k, v, documents, output_final_state, keep)
-    (tokens, groups, key_dim), (heads, value_dim) = k.shape, v.shape[1:]
+    """Tensors [B, T, H, D]; returns o and final states, and for the backward W [B·T, H, V], every fourth chunk's state
+    and the order of the documents where they were given."""
+    (groups, key_dim), (heads, value_dim) = k.shape[2:], v.shape[2:]
+    o, final_state, W, states = _outputs(q, k, v, cu_seqlens, output_final_state, keep)
     if initial_state is None:
         initial_state = final_state.new_empty(0, heads, key_dim, value_dim)
     launch = _launchers(key_dim, value_dim, q.dtype, l2norm, gate, sigmoid, g.dtype, beta.dtype, keep)
     A_log, dt_bias = _gate_parameters(A_log, dt_bias, heads, q.device)
-    cu, order = _documents(launch, cu_seqlens, documents, tokens, q.device)
+    cu, order = _boundaries(launch, q, cu_seqlens)
+    q, k, v, g, beta = tiles(q), tiles(k), tiles(v), rows(g), rows(beta)
     N, P, gates, norms = _prepare(launch, q, k, g, beta, cu, A_log, dt_bias, scale, neg)
-    launch["forward"](q, k, v, N, P, gates, norms, cu, initial_state, o, W, states, final_state, scale, heads // groups)
+    launch["forward"](
+        q,
+        k,
+        v,
+        N,
+        P,
+        gates,
+        norms,
+        cu,
+        initial_state,
+        tokens_first(o),
+        W,
+        states,
+        final_state,
+        scale,
+        heads // groups,
+    )
     return o, final_state, W, states, (cu.new_empty(0) if cu_seqlens is None else order)
 
 
-def _outputs(q, k, v, documents, output_final_state, keep):
+def _outputs(q, k, v, cu_seqlens, output_final_state, keep):
     """o, final states, W, kept states"""
-    (tokens, heads, value_dim), key_dim = v.shape, k.shape[2]
-    _, kept, _ = _sizes(tokens, documents)
+    (batch, tokens, heads, value_dim), key_dim = v.shape, k.shape[3]
+    documents = _documents(q, cu_seqlens)
+    _, kept, _ = _sizes(batch * tokens, documents)
     return (
-        q.new_empty(tokens, heads, value_dim),
+        q.new_empty(v.shape),
         q.new_empty(documents if output_final_state else 0, heads, key_dim, value_dim, dtype=torch.float32),
-        q.new_empty(tokens if keep else 0, heads, value_dim),
+        q.new_empty(batch * tokens if keep else 0, heads, value_dim),
         q.new_empty(kept if keep else 0, heads, value_dim, key_dim),
     )
 
@@ -214,7 +241,6 @@ def _forward_fake(
     A_log,
     dt_bias,
     initial_state,
-    documents,
     scale,
     output_final_state,
     l2norm,
@@ -223,8 +249,8 @@ def _forward_fake(
     neg,
     keep,
 ):
-    order = q.new_empty(0 if cu_seqlens is None else documents, dtype=torch.int32)
-    return *_outputs(q, k, v, documents, output_final_state, keep), order
+    order = q.new_empty(0 if cu_seqlens is None else _documents(q, cu_seqlens), dtype=torch.int32)
+    return *_outputs(q, k, v, cu_seqlens, output_final_state, keep), order
 
 
 def _backward(
@@ -240,7 +266,6 @@ def _backward(
     order,
     A_log,
     dt_bias,
-    documents,
     with_initial_state,
     scale,
     l2norm,
@@ -249,14 +274,15 @@ def _backward(
     neg,
 ):
     """Returns dq, dk, dv, dg, dbeta (of the raw inputs), those of A_log and dt_bias as one [2, Hv], d_initial_state."""
-    q, k, do = tiles(q), tiles(k), tiles(do)
+    launch = _launchers(k.shape[3], W.shape[2], q.dtype, l2norm, gate, sigmoid, g.dtype, beta.dtype, True)
+    documents, shape = _documents(q, cu_seqlens), q.shape[:2]
+    if cu_seqlens is None:
+        cu_seqlens, order = _boundaries(launch, q, None)  # noqa: RUF059
+    q, k, do, g, beta = tiles(q), tiles(k), tiles(do), rows(g), rows(beta)
     (tokens, groups, key_dim), (heads, value_dim) = k.shape, W.shape[1:]
     slots, _, steps = _sizes(tokens, documents)
     ratio = heads // groups
-    launch = _launchers(key_dim, value_dim, q.dtype, l2norm, gate, sigmoid, g.dtype, beta.dtype, True)
     A_log, dt_bias = _gate_parameters(A_log, dt_bias, heads, q.device)
-    if cu_seqlens is None:
-        cu_seqlens, order = _documents(launch, None, documents, tokens, q.device)  # noqa: RUF059
     N, P, gates, norms = _prepare(launch, q, k, g, beta, cu_seqlens, A_log, dt_bias, scale, neg)
     every, d_states = (q.new_empty(slots, heads, value_dim, key_dim) for _ in range(2))
     launch["expand"](k, W, gates, norms, cu_seqlens, states, every, steps, ratio)
@@ -287,7 +313,8 @@ def _backward(
         q, k, do, W, dv, every, d_states, gates, norms, cu_seqlens, dq, dk, dg, dbeta, scale, steps, ratio, workers
     )
     dg, dbeta, d_parameters = _of_raw_gates(launch, dg, dbeta, g, beta, A_log, dt_bias, gate, neg)
-    return dq, dk, dv, dg, dbeta, d_parameters, d_initial_state
+    whole = (x.view(*shape, *x.shape[1:]) for x in (dq, dk, dv, dg, dbeta))  # [B, T, ...]
+    return *whole, d_parameters, d_initial_state
 
 
 def _of_raw_gates(launch, dg, dbeta, g, beta, A_log, dt_bias, gate, neg):
@@ -297,9 +324,7 @@ def _of_raw_gates(launch, dg, dbeta, g, beta, A_log, dt_bias, gate, neg):
     tokens, heads = dg.shape
     dg_raw, dbeta_raw = g.new_empty(g.shape), beta.new_empty(beta.shape)
     sums = dg.new_empty(2, -(-tokens // GATE_TOKENS), heads)
-    launch["gate_gradients"](
-        dg, dbeta, rows(g), rows(beta), A_log, dt_bias, dg_raw, dbeta_raw, sums, 2.0 if neg else 1.0
-    )
+    launch["gate_gradients"](dg, dbeta, g, beta, A_log, dt_bias, dg_raw, dbeta_raw, sums, 2.0 if neg else 1.0)
     return dg_raw, dbeta_raw, sums.sum(1) if gate else dg.new_empty(0, heads)
 
 
@@ -316,7 +341,6 @@ def _backward_fake(
     order,
     A_log,
     dt_bias,
-    documents,
     with_initial_state,
     scale,
     l2norm,
@@ -328,24 +352,26 @@ def _backward_fake(
     return (
         q.new_empty(q.shape),
         q.new_empty(k.shape),
-        torch.empty_like(W),
+        q.new_empty(do.shape),
         g.new_empty(g.shape),
         beta.new_empty(beta.shape),
         q.new_empty(2 if gate else 0, heads, dtype=torch.float32),
-        q.new_empty(documents if with_initial_state else 0, heads, k.shape[2], value_dim, dtype=torch.float32),
+        q.new_empty(
+            _documents(q, cu_seqlens) if with_initial_state else 0, heads, k.shape[3], value_dim, dtype=torch.float32
+        ),
     )
 
 
 _library = torch.library.Library("qlakernels", "FRAGMENT")
 _library.define(
     "gated_delta_rule(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? cu_seqlens, Tensor? A_log, "
-    "Tensor? dt_bias, Tensor? initial_state, SymInt documents, float scale, bool output_final_state, bool l2norm, "
+    "Tensor? dt_bias, Tensor? initial_state, float scale, bool output_final_state, bool l2norm, "
     "bool gate, bool sigmoid, bool neg, bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 _library.define(
     "gated_delta_rule_backward(Tensor q, Tensor k, Tensor g, Tensor beta, Tensor W, Tensor states, Tensor do, "
-    "Tensor? d_final_state, Tensor? cu_seqlens, Tensor order, Tensor? A_log, Tensor? dt_bias, SymInt documents, "
+    "Tensor? d_final_state, Tensor? cu_seqlens, Tensor order, Tensor? A_log, Tensor? dt_bias, "
     "bool with_initial_state, float scale, bool l2norm, bool gate, bool sigmoid, bool neg) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
@@ -358,12 +384,12 @@ class _GatedDeltaRule(torch.autograd.Function):
     @staticmethod
     def forward(ctx, keyset, *inputs):
         output = _below_autograd(keyset, *inputs)
-        q, k, _, g, beta, cu_seqlens, A_log, dt_bias, initial_state, documents, scale, final, *options, _ = inputs
+        q, k, _, g, beta, cu_seqlens, A_log, dt_bias, initial_state, scale, final, *options, _ = inputs
         _, _, W, states, order = output
         ctx.save_for_backward(q, k, g, beta, W, states, cu_seqlens, order, A_log, dt_bias)
         ctx.mark_non_differentiable(W, states, order)
         ctx.set_materialize_grads(False)
-        ctx.documents, ctx.with_initial_state, ctx.with_final_state = documents, initial_state is not None, final
+        ctx.with_initial_state, ctx.with_final_state = initial_state is not None, final
         ctx.scale, ctx.options = scale, options
         return output
 
@@ -371,10 +397,10 @@ class _GatedDeltaRule(torch.autograd.Function):
     def backward(ctx, do, d_final_state, *_):
         q, k, g, beta, W, states, cu_seqlens, order, A_log, dt_bias = ctx.saved_tensors
         if do is None:
-            do = torch.zeros_like(W)
+            do = torch.zeros_like(W).unflatten(0, q.shape[:2])
         dq, dk, dv, dg, dbeta, d_parameters, d_initial_state = _backward_op(
             q, k, g, beta, W, states, do, d_final_state if ctx.with_final_state else None, cu_seqlens, order,
-            A_log, dt_bias, ctx.documents, ctx.with_initial_state, ctx.scale, *ctx.options,
+            A_log, dt_bias, ctx.with_initial_state, ctx.scale, *ctx.options,
         )  # fmt: skip
         return (
             None,
@@ -387,7 +413,7 @@ class _GatedDeltaRule(torch.autograd.Function):
             d_parameters[0].to(A_log.dtype) if A_log is not None else None,
             d_parameters[1].to(dt_bias.dtype) if dt_bias is not None else None,
             d_initial_state if ctx.with_initial_state else None,
-            *[None] * 8,
+            *[None] * 7,
         )
 
 
