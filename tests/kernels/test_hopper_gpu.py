@@ -68,7 +68,7 @@ def test_many_heads():
 @pytest.mark.parametrize("state", [False, True], ids=["no state", "state"])
 @pytest.mark.parametrize("tokens", [1, 2, 63, 64, 65, 127, 128, 129, 257, 1000])
 def test_lengths(tokens, state, batch):
-    check(make_inputs(tokens, batch=batch, state=state))
+    check(make_inputs(tokens, batch=batch, state=state), "few tokens" if tokens <= 2 else "ordinary")
 
 
 @pytest.mark.parametrize("group", [1, 2])
@@ -411,7 +411,9 @@ def test_a_state_carried_over_is_the_whole_sequence():
         here = {name: x[:, part] for name, x in inputs.items() if name != "initial_state"}
         o, state = run(here | {"initial_state": state}, output_final_state=True)
         parts.append(o)
-    judge({"o": torch.cat(parts, 1), "final_state": state}, {name: expected[name] for name in ("o", "final_state")})
+    # g = -1e-3 and β up to 2 forget little in 500 tokens: rounding alone comes to 5.0e-3 and 4.5e-3
+    expected = {name: expected[name] for name in ("o", "final_state")}
+    judge({"o": torch.cat(parts, 1), "final_state": state}, expected, "no decay")
 
 
 def test_without_gradients():

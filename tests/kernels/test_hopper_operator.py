@@ -5,6 +5,7 @@ What the kernels compute is tested on a GPU; here it is a stand-in that depends 
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch.library import opcheck
 
 from qlakernels.gated_delta_rule.hopper import constants, operator
@@ -180,6 +181,20 @@ def test_compiled_is_eager(is_packed):
     with torch.no_grad():
         inputs = make_inputs(requires_grad=False)
         assert torch.equal(compiled(inputs, None)[0], function(inputs, None)[0])
+
+
+def test_one_trace_for_any_number_of_documents():
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(fullgraph=True, backend=counter)
+    def function(inputs, cu_seqlens):
+        return operator.run(**inputs, **OPTIONS | {"cu_seqlens": cu_seqlens})[0]
+
+    for documents in (3, 4, 5, 8, 9, 17):
+        inputs = {name: x.requires_grad_() for name, x in packed(make_inputs()).items()}
+        function(inputs, torch.linspace(0, 140, documents + 1).int()).float().sum().backward()
+    assert counter.frame_count == 2  # the first number is taken for a constant, every other is a variable
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

@@ -98,9 +98,14 @@ def rows(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def _sizes(tokens: int, documents: int) -> tuple[int, int, int]:
-    """(slots, kept states, halvings that find a document)"""
-    return tokens // CHUNK + documents, tokens // STATE_STRIDE + documents, max(1, math.ceil(math.log2(documents)))
+def _sizes(tokens: int, documents: int) -> tuple[int, int]:
+    """(slots, kept states)"""
+    return tokens // CHUNK + documents, tokens // STATE_STRIDE + documents
+
+
+def _steps(documents: int) -> int:
+    """Halvings that find a document. Not for traces: the logarithm would tie them to one number of documents."""
+    return max(1, math.ceil(math.log2(documents)))
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -145,7 +150,8 @@ def _gate_parameters(A_log, dt_bias, heads, device):
 
 def _prepare(launch, q, k, g, beta, cu, A_log, dt_bias, scale, neg):
     (tokens, groups), heads = k.shape[:2], g.shape[1]
-    slots, _, steps = _sizes(tokens, cu.numel() - 1)
+    documents = cu.numel() - 1
+    slots, _ = _sizes(tokens, documents)
     N, P = (q.new_empty(slots, heads, CHUNK, CHUNK) for _ in range(2))
     gates = torch.empty(slots, heads, 2, CHUNK, device=q.device)
     norms = torch.empty(slots, groups, 2, CHUNK, device=q.device)
@@ -163,7 +169,7 @@ def _prepare(launch, q, k, g, beta, cu, A_log, dt_bias, scale, neg):
         norms,
         scale,
         2.0 if neg else 1.0,
-        steps,
+        _steps(documents),
         heads // groups,
     )
     return N, P, gates, norms
@@ -222,7 +228,7 @@ def _outputs(q, k, v, cu_seqlens, output_final_state, keep):
     """o, final states, W, kept states"""
     (batch, tokens, heads, value_dim), key_dim = v.shape, k.shape[3]
     documents = _documents(q, cu_seqlens)
-    _, kept, _ = _sizes(batch * tokens, documents)
+    _, kept = _sizes(batch * tokens, documents)
     return (
         q.new_empty(v.shape),
         q.new_empty(documents if output_final_state else 0, heads, key_dim, value_dim, dtype=torch.float32),
@@ -280,8 +286,8 @@ def _backward(
         cu_seqlens, order = _boundaries(launch, q, None)  # noqa: RUF059
     q, k, do, g, beta = tiles(q), tiles(k), tiles(do), rows(g), rows(beta)
     (tokens, groups, key_dim), (heads, value_dim) = k.shape, W.shape[1:]
-    slots, _, steps = _sizes(tokens, documents)
-    ratio = heads // groups
+    slots, _ = _sizes(tokens, documents)
+    steps, ratio = _steps(documents), heads // groups
     A_log, dt_bias = _gate_parameters(A_log, dt_bias, heads, q.device)
     N, P, gates, norms = _prepare(launch, q, k, g, beta, cu_seqlens, A_log, dt_bias, scale, neg)
     every, d_states = (q.new_empty(slots, heads, value_dim, key_dim) for _ in range(2))
