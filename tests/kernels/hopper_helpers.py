@@ -260,9 +260,9 @@ def natural_sizes(inputs, expected, alike: bool) -> dict[str, torch.Tensor]:
     what is usual. (Of many tokens, all heads are of one size.) dk and dv carry a factor β that dbeta does not: with
     β = 0 they are zero, up to 1e-2 of a bar of dbeta. dA_log and ddt_bias are sums over tokens, whose terms cancel:
     the root of the sum of squares of the terms, or the largest head's sum where it is more. With slow decay it is:
-    neighbouring terms are made of the same later tokens, and so are their errors. (All exact but the operands
-    of products, rounded to bf16; 271 tokens, A = 0.05: sums from 0.3 to 8.6 times that root in heads drawn alike, errors
-    up to 2.9e-2 of that root and 7e-3 of the largest sum, while dg is off by 5e-3.)
+    neighbouring terms are made of the same later tokens, and so are their errors. (All exact but the operands of
+    products, rounded to bf16; 271 tokens, A = 0.05: sums from 0.3 to 8.6 times that root in heads drawn alike, with
+    errors up to 2.9e-2 of the root and 7e-3 of the largest sum, while dg is off by 5e-3.)
     """
     sizes = {}
     if alike:
