@@ -1,36 +1,43 @@
 """Small tensors that never change, made once on each device instead of in every call.
 
-For the inside of operators, where tensors are real: the tensor of a trace must not be kept. Nor is one kept that a CUDA
-graph makes, since only the graph's replay writes it. A stream other than the one that made a tensor waits for it, on
-the device; a capture need not, as it begins with a wait for everything.
+For the inside of operators, where tensors are real: the tensor of a trace must not be kept. Streams and CUDA graphs:
+
+- A stream other than the one that made a tensor waits for it, on the device.
+- A graph under capture need not wait, as a capture begins with a wait for everything. What it reads is never dropped
+  again, and what it makes itself is not kept, since only its replay writes it.
 """
 
 import torch
 
 MOST = 256
 _made: dict[tuple, tuple] = {}  # → the tensors, the stream that made them, the event when they are there
+_in_graphs: dict[tuple, tuple[torch.Tensor, ...]] = {}
 
 
 def constant(make, *sizes: int, device: torch.device) -> tuple[torch.Tensor, ...]:
     """`make(*sizes, device)`, a tuple of tensors."""
-    found = _made.get((make, *sizes, device))
+    key = (make, *sizes, device)
+    found = _made.get(key)
+    if device.type != "cuda":
+        stream = None
+    elif torch.cuda.is_current_stream_capturing():
+        if found is None:
+            return make(*sizes, device)
+        _in_graphs[key] = found[0]
+        return found[0]
+    else:
+        stream = torch.cuda.current_stream(device)
     if found is None:
         tensors = make(*sizes, device)
-        stream, there = 0, None
-        if device.type == "cuda":
-            if torch.cuda.is_current_stream_capturing():
-                return tensors
-            here = torch.cuda.current_stream(device)
-            stream, there = here.cuda_stream, here.record_event()
         if len(_made) >= MOST:
             del _made[next(iter(_made))]
-        _made[make, *sizes, device] = tensors, stream, there
+        _made[key] = tensors, stream, stream and stream.record_event()
         return tensors
-    tensors, stream, there = found
-    if there is not None:
-        here = torch.cuda.current_stream(device)
-        if here.cuda_stream != stream and not torch.cuda.is_current_stream_capturing():
-            here.wait_event(there)
+    tensors, maker, there = found
+    if stream != maker:
+        stream.wait_event(there)
+        for x in tensors:
+            x.record_stream(stream)
     return tensors
 
 
