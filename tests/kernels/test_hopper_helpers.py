@@ -59,9 +59,10 @@ def test_natural_sizes():
     """Of one token, the root of the sum of squares is the sum."""
     inputs = with_raw_gates(make_inputs(1, **SMALL), decay=[0.05, 2.0])
     expected = reference(inputs, make_cotangents(inputs, 1), **GATES)
-    sizes = natural_sizes(inputs, expected, True)
+    sizes, alike = natural_sizes(inputs, expected, False), natural_sizes(inputs, expected, True)
     for name in ("dA_log", "ddt_bias"):
         torch.testing.assert_close(sizes[name], expected[name].abs())
+        torch.testing.assert_close(alike[name], expected[name].abs().max().expand(2))
 
 
 @pytest.mark.parametrize("name", ["o", "dk", "dg", "dinitial_state", "dA_log"])

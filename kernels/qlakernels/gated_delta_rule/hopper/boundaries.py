@@ -1,18 +1,33 @@
-"""Checks boundaries of packed documents where they are, on the device: the host must not wait to look at them.
+"""Boundaries of packed documents, looked at where they are: the host must not wait to see them.
+
+Checks that they start at 0, never descend and end at the number of tokens, and orders the documents for the scans: the
+longest first, equal ones by index, so that the chip does not wait at the end for a long one that began late. The place
+of a document is the number of those before it, counted one by one: beyond `MOST` documents, of which none can be long,
+they stay as they are.
 
 A kernel of its own, as a call that may print keeps the compiler from overlapping the tensor cores with anything.
 """
 
 import tilelang.language as T
 
+MOST = 4096
+THREADS = 128
+
 
 def boundaries_kernel():
     documents = T.dynamic("documents")
 
     @T.prim_func
-    def boundaries(cu_seqlens: T.Tensor((documents + 1,), "int32"), tokens: T.int32):
-        with T.Kernel(T.ceildiv(documents, 128), threads=128) as block:
-            document = block * 128 + T.get_thread_binding()
+    def boundaries(
+        cu_seqlens: T.Tensor((documents + 1,), "int32"),
+        order: T.Tensor((documents,), "int32"),
+        tokens: T.int32,
+    ):
+        with T.Kernel(T.ceildiv(documents, THREADS), threads=THREADS) as block:
+            length = T.alloc_fragment((THREADS,), "int32")
+            place = T.alloc_fragment((THREADS,), "int32")
+            first = block * THREADS
+            document = first + T.get_thread_binding()
             if document < documents:
                 T.device_assert(
                     cu_seqlens[document + 1] >= cu_seqlens[document], "cu_seqlens descends", no_stack_info=True
@@ -24,5 +39,21 @@ def boundaries_kernel():
                     "cu_seqlens does not end at the number of tokens",
                     no_stack_info=True,
                 )
+            for i in T.Parallel(THREADS):
+                place[i] = T.if_then_else(documents > MOST, first + i, 0)
+            if documents <= MOST:
+                for i in T.Parallel(THREADS):
+                    length[i] = T.if_then_else(
+                        first + i < documents, cu_seqlens[first + i + 1] - cu_seqlens[first + i], 0
+                    )
+                for other in T.serial(documents):
+                    for i in T.Parallel(THREADS):
+                        place[i] += T.cast(
+                            cu_seqlens[other + 1] - cu_seqlens[other] + T.cast(other < first + i, "int32") > length[i],
+                            "int32",
+                        )
+            for i in T.Parallel(THREADS):
+                if first + i < documents:
+                    order[place[i]] = first + i
 
     return boundaries

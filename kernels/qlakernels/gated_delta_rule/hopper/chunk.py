@@ -28,6 +28,8 @@ from qlakernels.gated_delta_rule.hopper.common import (
     LOG2E,
     exp2,
     folds_decay,
+    release_tiles,
+    wait,
     weight_of_W,
 )
 
@@ -69,13 +71,13 @@ def square_rows(vec, stage, into, tile, top, lane, a, b, sums, key_dim, dtype):
 
 @T.macro
 def make_vectors(
-    vec, stage, i, barrier, q_s, k_s, tiles_full, parity, g, beta, A_log, dt_bias, first, size, head, scale,
-    beta_factor, sums, other, a, b, products, key_dim, dtype, l2norm, gate, sigmoid, reverse,
+    vec, stage, i, q_s, k_s, tiles_full, parity, g, beta, A_log, dt_bias, first, size, head, scale,
+    beta_factor, sums, other, a, b, products, key_dim, dtype, l2norm, gate, sigmoid, reverse, gates, norms, slot, group, p, ratio,
 ):  # fmt: skip
     """vec[stage] ← the vectors of the chunk at token `first`, of which `size` tokens exist; i: this thread's token.
 
-    Run by two warps with a named barrier of their own. The gates are read before the wait for the chunk's q and k.
-    `reverse`: as the reverse scan needs them, see the last lines.
+    Run by two warps. The gates are read before the wait for the chunk's q and k.
+    `reverse`: as the reverse scan needs them; the first part of V, p = 0, writes gates and norms for `gradients` as well.
     """
     lane = i % 32
     # both warps read all 64 gates, two a thread: the sum over the chunk needs no exchange between them
@@ -101,13 +103,14 @@ def make_vectors(
     sums[1] += T.shfl_sync(sums[0], 31)
     whole = T.alloc_var("float32")
     whole = T.shfl_sync(sums[1], 31) * LOG2E
-    log2 = T.alloc_var("float32")
-    log2 = T.if_then_else(i < 32, sums[0], sums[1]) * LOG2E
+    total = T.alloc_var("float32")
+    total = T.if_then_else(i < 32, sums[0], sums[1])
+    log2 = total * LOG2E
     gamma = exp2(log2)
     rho = exp2(whole - log2)
     chi = T.alloc_var("float32", init=1.0)
     kappa = T.alloc_var("float32", init=1.0)
-    T.barrier_wait(tiles_full[stage], parity)
+    wait(tiles_full, stage, parity)
     if l2norm:
         for half in T.serial(2):
             square_rows(vec, stage, ROW_P, q_s, i // 32 * 32 + half * BLOCK, lane, a, b, products, key_dim, dtype)
@@ -124,6 +127,13 @@ def make_vectors(
     vec[stage, GAMMA, i] = gamma
     vec[stage, OUTPUT, i] = scale * gamma * chi
     if reverse:
+        # what `gradients` reads again
+        if p == 0:
+            gates[slot, head, 0, i] = total
+            gates[slot, head, 1, i] = step_size
+            if head % ratio == 0:
+                norms[slot, group, 0, i] = chi
+                norms[slot, group, 1, i] = kappa
         bar = T.max(step_size, BETA_MIN[dtype])
         vec[stage, ROW_P, i] = scale * chi
         vec[stage, BAR, i] = bar
@@ -223,7 +233,7 @@ def make_N(
             block_s[i // BLOCK, j % BLOCK, i % BLOCK] = kk[i, j]
     for i, j in T.Parallel(C, C):
         L_s[i, j] = kk[i, j]
-    T.barrier_wait(free[place], free_parity)
+    wait(free, place, free_parity)
     T.sync_warp()
     # N_II: a thread has a column, what is known of it is taken from the rows below
     for i in T.unroll(BLOCK):
@@ -291,4 +301,4 @@ def make_N(
         multiply(out, 2, b, c)
         for J in T.unroll(2):
             store_block(N_s, place, out, J * 2, vec, stage, top, J * BLOCK, lane, fold_beta)
-    T.fence_proxy_async()
+    release_tiles()

@@ -35,8 +35,11 @@ LOG2E = 1.4426950408889634
 L2_EPS = 1e-6
 
 
-EXP2 = """
-__device__ __forceinline__ float qla_exp2(float x) {
+PRELUDE = """
+__device__ __forceinline__ void fence_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+__device__ __forceinline__ void fence_global() { asm volatile("fence.proxy.async;" ::: "memory"); }
+__device__ __forceinline__ void hold_memory() { asm volatile("" ::: "memory"); }
+__device__ __forceinline__ float fast_exp2(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
@@ -45,8 +48,8 @@ __device__ __forceinline__ float qla_exp2(float x) {
 
 
 def exp2(x):
-    """2^x in one instruction, to 2 ulp; results below 2⁻¹²⁶ are 0. The kernel says `T.import_source(EXP2)`."""
-    return T.call_extern("float32", "qla_exp2", x)
+    """2^x in one instruction, to 2 ulp; results below 2⁻¹²⁶ are 0. Needs PRELUDE."""
+    return T.call_extern("float32", "fast_exp2", x)
 
 
 def folds_decay(dtype: str) -> bool:
@@ -73,6 +76,50 @@ def find_document(cu_seqlens, documents, slot, steps, stride, place):
                 place[0] = place[2]
             else:
                 place[1] = place[2]
+
+
+FIRST, LEFT, BASE = 3, 4, 5  # what `locate` leaves in `place`
+
+
+@T.macro
+def locate(cu_seqlens, documents, slot, steps, place):
+    """Where a slot of STATE_STRIDE tokens lies: place[FIRST] ← its first token, place[LEFT] ← the tokens from there to
+    the end of its document (none or fewer where the slot is idle), place[BASE] ← the slot of its first chunk.
+    place is a local int32 [6]."""
+    find_document(cu_seqlens, documents, slot, steps, STATE_STRIDE, place)
+    place[2] = cu_seqlens[place[0]]
+    place[1] = slot - place[2] // STATE_STRIDE - place[0]
+    place[FIRST] = place[2] + place[1] * STATE_STRIDE
+    place[LEFT] = cu_seqlens[place[0] + 1] - place[FIRST]
+    place[BASE] = place[2] // CHUNK + place[0] + place[1] * (STATE_STRIDE // CHUNK)
+
+
+@T.macro
+def release_tiles():
+    """Before an arrival that lets the copy engine or the tensor cores at shared memory this thread has read or written
+    by ordinary loads or stores. Unlike `T.fence_proxy_async` it also holds the compiler; needs PRELUDE."""
+    T.call_extern("handle", "fence_shared")
+
+
+@T.macro
+def acquire_stores():
+    """Before the copy engine reads in global memory what threads of this block have stored there and signalled. Waits
+    until the stores have reached the L2 cache; needs PRELUDE."""
+    T.call_extern("handle", "fence_global")
+
+
+@T.macro
+def arrive(barriers, index):
+    """An arrival that the compiler moves no load or store across, as it may with `T.barrier_arrive`; needs PRELUDE."""
+    T.call_extern("handle", "hold_memory")
+    T.barrier_arrive(barriers[index])
+
+
+@T.macro
+def wait(barriers, index, parity):
+    """A wait that the compiler moves no load or store across; needs PRELUDE."""
+    T.barrier_wait(barriers[index], parity)
+    T.call_extern("handle", "hold_memory")
 
 
 @T.macro

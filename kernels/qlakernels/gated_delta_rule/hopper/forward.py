@@ -46,12 +46,15 @@ from qlakernels.gated_delta_rule.hopper.chunk import (
 )
 from qlakernels.gated_delta_rule.hopper.common import (
     CHUNK,
-    EXP2,
+    PRELUDE,
     STATE_STRIDE,
+    arrive,
     folds_decay,
     load_tail,
     load_tail_of,
+    release_tiles,
     transposed_accumulator,
+    wait,
 )
 
 STAGES = 3
@@ -59,7 +62,7 @@ PLACES = 2  # of N and P
 REGISTERS = {1: (216, 168, 120), 2: (192, 88, 40)}  # consumers → of a thread of consumers, auxiliary, producer
 
 
-def forward_kernel(key_dim, value_dim, dtype, part, keep, l2norm, gate, sigmoid, raw_dtype, beta_dtype):
+def forward_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_dtype, beta_dtype, keep):
     """`part`: rows of V a block takes, 64 or 128. `keep`: write W and the states that the backward needs."""
     C = CHUNK
     K, V = key_dim, value_dim
@@ -87,6 +90,7 @@ def forward_kernel(key_dim, value_dim, dtype, part, keep, l2norm, gate, sigmoid,
         A_log: T.Tensor((heads,), "float32"),
         dt_bias: T.Tensor((heads,), "float32"),
         cu_seqlens: T.Tensor((documents + 1,), "int32"),
+        order: T.Tensor((documents,), "int32"),
         initial_state: T.Tensor((starts, heads, K, V), "float32"),
         o: T.Tensor((tokens, heads, V), dtype),
         W: T.Tensor((written, heads, V), dtype),
@@ -96,8 +100,8 @@ def forward_kernel(key_dim, value_dim, dtype, part, keep, l2norm, gate, sigmoid,
         beta_factor: T.float32,
         ratio: T.int32,
     ):
-        with T.Kernel(T.ceildiv(V, part), heads, documents, threads=consumers + 256) as (p, head, document):
-            T.import_source(EXP2)
+        with T.Kernel(T.ceildiv(V, part), heads, documents, threads=consumers + 256) as (p, head, turn):
+            T.import_source(PRELUDE)
             q_s = T.alloc_shared((STAGES, C, K), dtype)
             k_s = T.alloc_shared((STAGES, C, K), dtype)
             N_s = T.alloc_shared((PLACES, C, C), dtype)
@@ -137,6 +141,8 @@ def forward_kernel(key_dim, value_dim, dtype, part, keep, l2norm, gate, sigmoid,
                 | {x: make_full_bank_swizzled_layout(x) for x in (v_s, o_s, W_s)}
             )
             thread = T.get_thread_binding()
+            document = T.alloc_var("int32")
+            document = order[turn]
             group = T.alloc_var("int32")
             group = head // ratio
             start = T.alloc_var("int32")
@@ -164,10 +170,10 @@ def forward_kernel(key_dim, value_dim, dtype, part, keep, l2norm, gate, sigmoid,
                             T.copy(
                                 S_r, states[slot + c // (STATE_STRIDE // C), head, columns : columns + part, :]
                             )
-                    T.barrier_wait(tiles_full[stage], c // STAGES % 2)
+                    wait(tiles_full, stage, c // STAGES % 2)
                     T.wgmma_gemm(S_r, k_s[stage, :, :], X, transpose_B=True, clear_accum=True, policy=rows_first)
                     T.wgmma_gemm(S_r, q_s[stage, :, :], O, transpose_B=True, clear_accum=True, policy=rows_first)
-                    T.barrier_wait(vec_full[stage], c // STAGES % 2)
+                    wait(vec_full, stage, c // STAGES % 2)
                     T.wait_wgmma(1)
                     T.warpgroup_fence_operand(X, num_regs=32)
                     for i, j in T.Parallel(part, C):
@@ -177,13 +183,13 @@ def forward_kernel(key_dim, value_dim, dtype, part, keep, l2norm, gate, sigmoid,
                     T.wgmma_gemm(
                         q_s[stage, :, :], k_s[stage, :, :], Pf, transpose_B=True, clear_accum=True, policy=columns_first
                     )
-                    T.barrier_wait(v_full[0], c % 2)
+                    wait(v_full, 0, c % 2)
                     T.copy(v_s, v_f)
                     for i, j in T.Parallel(part, C):
                         X[i, j] += T.cast(v_f[j, i], "float32")
-                    T.fence_proxy_async()  # v has been read when its place is given back: see common
-                    T.barrier_arrive(v_empty[0])
-                    T.barrier_wait(made_full[c % PLACES], c // PLACES % 2)
+                    release_tiles()  # v has been read when its place is given back: see common
+                    arrive(v_empty, 0)
+                    wait(made_full, c % PLACES, c // PLACES % 2)
                     T.copy(X, left)
                     T.wgmma_gemm(left, N_s[c % PLACES, :, :], X, transpose_B=True, policy=rows_first)
                     T.wait_wgmma(1)
@@ -194,8 +200,8 @@ def forward_kernel(key_dim, value_dim, dtype, part, keep, l2norm, gate, sigmoid,
                         weigh(Pf, vec, stage, LOG2, RIGHT_P)
                     cut(Pf, C * C // consumers, False)
                     T.copy(Pf, P_s[c % PLACES, :, :])
-                    T.fence_proxy_async()
-                    T.barrier_arrive(P_full[c % PLACES])
+                    release_tiles()
+                    arrive(P_full, c % PLACES)
                     for i, j in T.Parallel(part, C):
                         O[i, j] *= vec[stage, OUTPUT, j]
                     for i, j in T.Parallel(part, K):
@@ -210,7 +216,7 @@ def forward_kernel(key_dim, value_dim, dtype, part, keep, l2norm, gate, sigmoid,
                     T.sync_threads(1, consumers)  # the outputs of the chunk before have left o_s and W_s
                     if keep:
                         T.copy(W_f, W_s)
-                    T.barrier_wait(P_full[c % PLACES], c // PLACES % 2)
+                    wait(P_full, c % PLACES, c // PLACES % 2)
                     T.wgmma_gemm(left, P_s[c % PLACES, :, :], O, transpose_B=True, policy=rows_first)
                     if not folded:
                         for i, j in T.Parallel(part, C):
@@ -218,11 +224,11 @@ def forward_kernel(key_dim, value_dim, dtype, part, keep, l2norm, gate, sigmoid,
                     T.wgmma_gemm(left if folded else into, k_s[stage, :, :], S, policy=rows_first)
                     T.wait_wgmma(1)
                     T.warpgroup_fence_operand(O, num_regs=32)
-                    T.barrier_arrive(made_empty[c % PLACES])
+                    arrive(made_empty, c % PLACES)
                     for i, j in T.Parallel(part, C):
                         o_f[j, i] = O[i, j]
                     T.copy(o_f, o_s)
-                    T.fence_proxy_async()
+                    release_tiles()
                     T.sync_threads(1, consumers)
                     first = start + c * C
                     if c * C + C <= length:
@@ -239,7 +245,7 @@ def forward_kernel(key_dim, value_dim, dtype, part, keep, l2norm, gate, sigmoid,
                                     W[first + i, head, columns + j] = W_s[i, j]
                     T.wait_wgmma(0)
                     T.warpgroup_fence_operand(S, num_regs=K // 2)
-                    T.barrier_arrive(tiles_empty[stage])
+                    arrive(tiles_empty, stage)
                 if ends > 0:
                     for i, j in T.Parallel(part, K):
                         final_state[document, head, j, columns + i] = S[i, j]
@@ -248,19 +254,19 @@ def forward_kernel(key_dim, value_dim, dtype, part, keep, l2norm, gate, sigmoid,
                 T.set_max_nreg(auxiliary_registers, 0)
                 for c in T.serial(chunks):
                     stage = c % STAGES
-                    T.barrier_wait(tiles_full[stage], c // STAGES % 2)
-                    T.barrier_wait(vec_full[stage], c // STAGES % 2)
+                    wait(tiles_full, stage, c // STAGES % 2)
+                    wait(vec_full, stage, c // STAGES % 2)
                     make_N(
                         thread - consumers, 7, k_s, vec, stage, N_s, c % PLACES, L_s, inner_s, block_s, kk, a, b, c_, out,
                         column, made_empty, (c // PLACES + 1) % 2, True,
                     )  # fmt: skip
-                    T.barrier_arrive(made_full[c % PLACES])
+                    arrive(made_full, c % PLACES)
             else:
                 T.set_max_nreg(producer_registers, 0)
                 if thread < consumers + 160:
                     for c in T.serial(chunks):
                         stage = c % STAGES
-                        T.barrier_wait(tiles_empty[stage], (c // STAGES + 1) % 2)
+                        wait(tiles_empty, stage, (c // STAGES + 1) % 2)
                         first = start + c * C
                         left_rows = length - c * C
                         if left_rows >= C:
@@ -269,16 +275,16 @@ def forward_kernel(key_dim, value_dim, dtype, part, keep, l2norm, gate, sigmoid,
                         else:
                             load_tail(k_s, stage, k, first, group, 0, left_rows, K)
                             load_tail(q_s, stage, q, first, group, 0, left_rows, K)
-                            T.fence_proxy_async()
-                        T.barrier_arrive(tiles_full[stage])
-                        T.barrier_wait(v_empty[0], (c + 1) % 2)
+                            release_tiles()
+                        arrive(tiles_full, stage)
+                        wait(v_empty, 0, (c + 1) % 2)
                         columns = p * part
                         if left_rows >= C:
                             T.tma_copy(v[first : first + C, head, columns : columns + part], v_s, barrier=v_full[0])
                         else:
                             load_tail_of(v_s, v, first, head, columns, left_rows, part)
-                            T.fence_proxy_async()
-                        T.barrier_arrive(v_full[0])
+                            release_tiles()
+                        arrive(v_full, 0)
                 elif thread < consumers + 192:
                     if keep:  # the place that no state of this document takes, if there is one
                         used = T.ceildiv(length, STATE_STRIDE)
@@ -293,12 +299,12 @@ def forward_kernel(key_dim, value_dim, dtype, part, keep, l2norm, gate, sigmoid,
                 else:
                     for c in T.serial(chunks):
                         stage = c % STAGES
-                        T.barrier_wait(tiles_empty[stage], (c // STAGES + 1) % 2)
+                        wait(tiles_empty, stage, (c // STAGES + 1) % 2)
                         make_vectors(
-                            vec, stage, thread - consumers - 192, 6, q_s, k_s, tiles_full, c // STAGES % 2, g, beta,
+                            vec, stage, thread - consumers - 192, q_s, k_s, tiles_full, c // STAGES % 2, g, beta,
                             A_log, dt_bias, start + c * C, length - c * C, head, scale, beta_factor, sums, other, a_, b_, out, K, dtype, l2norm,
-                            gate, sigmoid, False,
+                            gate, sigmoid, False, None, None, 0, 0, 0, 1,
                         )  # fmt: skip
-                        T.barrier_arrive(vec_full[stage])
+                        arrive(vec_full, stage)
 
     return forward

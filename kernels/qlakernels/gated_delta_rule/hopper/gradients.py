@@ -1,52 +1,171 @@
-"""G: the gradients of q, k, g and β, all chunks at once.
+"""G: the gradients of q, k, g and β, from the states that the forward kept.
 
-Per chunk and key head, with S at the chunk's start, dS at its end, W from `forward`, dV from `reverse`, and
-fix = β/β̄ (1 unless β is tiny); sums run over the value heads of the group:
+Per chunk and key head, with S at the chunk's start, dS at its end (from `reverse`), W and ω from `forward`, dV from
+`reverse`, u = κβ/ω, and fix = β/β̄ (1 unless β is tiny); sums run over the value heads of the group, i > j:
 
-    F_ij = scale χ_i κ_j Γ_ij fix_j (dO Wᵀ)_ij   (i ≥ j)      H_ij = κ_i κ_j Γ_ij fix_i fix_j (dV Wᵀ)_ij   (i > j)
-    dQ = Σ scale γχ ∘ (dO Sᵀ) + F K                            dq = dQ − χ² q (q·dQ)   with L2 normalisation
-    dK = Σ [ρκ fix ∘ (W dSᵀ) − γκ fix ∘ (dV Sᵀ) + Fᵀ Q − (H + Hᵀ) K]         dk likewise with κ
-    dβ_i = (dV Wᵀ)_ii / β̄_i²
-    dg_t = Σ_{i≥t} (c + d)_i + Σ_{j<t} e_j + γ_C ⟨S, dS⟩ + Σ_{i≥t>j} Z_ij
-    c = q·(scale γχ dO Sᵀ)   d = −k·(γκ fix dV Sᵀ)   e = k·(ρκ fix W dSᵀ)   Z = F ∘ QKᵀ − H ∘ KKᵀ   (i > j)
+    F_ij = scale χ_i Γ_ij u_j (dO Wᵀ)_ij          f_i = F_ii    H_ij = κ_i fix_i Γ_ij u_j (dV Wᵀ)_ij
+    A = scale γχ ∘ (dO Sᵀ) + F K                   dQ = Σ [A + f ∘ K]                  dq = dQ − χ² q (q·dQ)
+    B = −γκ fix ∘ (dV Sᵀ) − H K                    dK = Σ [B + D + E + f ∘ Q]          dk = dK − κ² k (k·dK)
+    D = Fᵀ Q − Hᵀ K                                E = ρu ∘ (W dSᵀ)                    (with L2 normalisation)
+    dβ_i = (dV Wᵀ)_ii / (ω_i β̄_i)
+    dg_t = Σ_{i≥t} (q·A + k·B − k·D)_i + Σ_{j<t} (k·E)_j + γ_C ⟨S, dS⟩
+    S ← γ_C S + Kᵀ (ρu ∘ W)                        to the next chunk, symbols and rounding as in `forward`
 
-Every term of dg carries its own decay: nothing is subtracted that was added, so strong decay costs no digits. The sum
-of Z over rows is a product with a triangle of ones, Z in two bfloat16 parts; the sum over columns is a row sum.
+With Z = F ∘ QKᵀ − H ∘ KKᵀ, q·A holds the row sums of F ∘ QKᵀ, −k·B those of H ∘ KKᵀ, k·D the column sums of Z: what
+remains of them in dg_t is Σ_{i≥t>j} Z_ij. F is the same rounded matrix in both of its products, H too, and their
+diagonal stays out (f), so what cancels is what strong decay leaves small anyhow, in float32. The sum over E is a
+shifted prefix sum: taken as its total minus the rest it would lose all digits.
 
-Persistent blocks take items (slot, key head). Three warpgroups:
-    first     F, dQ, c and its part of Z
-    second    H, dK, d, e, dβ, its part of Z; gathers dg
-    third     one warp brings tiles as their last reader leaves them; two make the chunk's vectors and ⟨S, dS⟩
-Values come in parts of 64, two at a time: every tile has two places.
+Persistent blocks take items (256 tokens, key head), in them chunks, in them value heads: a step is a chunk and a head.
+At a step each of the two consumers takes 64 columns of V of the state to the next chunk and stores them to `scratch`,
+[V, K] a block and head and so in L2, whence the copy engine brings them at the next chunk. Three warpgroups:
 
-Registers of the first and second, at most: dQ 64, F 32, dO Sᵀ 64 or QKᵀ 32 and an operand 16.
+    first     F, H, dβ, then the state's first half, A, dQ; repairs dV where β̄ is not β
+    second    E, then the state's second half, B, D, dK
+    third     warp 0 brings dO, W, dV two steps ahead, S and dS one; warps 1 and 2 make the step's vectors and ⟨S, dS⟩;
+              warp 3 brings q and k and gathers dg
+
+Barriers (arrivals), all phases in the order of the steps: `rows` dO, W, dV of a step, two stages (32; 256 back); `S`
+(32; 320) and `dS` (32; 192); `keys` q and k of a chunk (32; 256); `vec` vectors, two stages (64; 256); `FH` F, H and f
+from the first to the second (128; 128); `sums` what dg is of, to warp 3 (320; 32). An arrival at `S_empty` also says
+that the next state of this step and of all before is on its way to `scratch`.
+
+Values come in parts of 64, two at a time. Beyond 128 values F and H are made of all of them first, and the rows are
+brought a second time for the rest.
+
+Registers of a consumer, at most: dQ or dK 64, a product 64, an operand 16, q or k or F 16 to 32; or dQ, F, H 128.
+Shared memory at K = V = 128: rows 96 KB, S 32, dS 32, q and k 32, F and H 16, vectors 6.
 """
 
 import tilelang.language as T
 
 from qlakernels.gated_delta_rule.hopper.common import (
+    BASE,
     BETA_MIN,
     CHUNK,
+    FIRST,
+    LEFT,
     LOG2E,
-    find_document,
+    PRELUDE,
+    STATE_STRIDE,
+    acquire_stores,
     load_tail,
+    load_tail_of,
+    locate,
+    release_tiles,
+    weight_of_W,
 )
 
-VECTORS = 7
-TOTAL, ROW_Q, ROW_D, ROW_E, COLUMN, BETA, BAR = range(VECTORS)
+PART = 64
+VECTORS = 13
+TOTAL, SHIFTED, COLUMN, ROW_F, ROW_H, ROW_A, ROW_B, ROW_E, CHI_2, KAPPA_2, BETA, BAR, OMEGA = range(VECTORS)
+
+
+def value_parts(value_dim: int) -> int:
+    return -(-value_dim // PART)
 
 
 def gradients_kernel(key_dim, value_dim, dtype, l2norm):
     C = CHUNK
     K, V = key_dim, value_dim
-    part = 64
-    parts = -(-V // part)
+    part = PART
+    parts = value_parts(V)
     pairs = -(-parts // 2)
+    sweeps = 1 if pairs == 1 else 2  # how often a step's rows are brought
+    per_item = STATE_STRIDE // C
+    budgets = (216, 232) if sweeps == 1 else (224, 224)  # registers of the consumers; 56 are left for the third
     tokens, heads, groups = T.dynamic("tokens"), T.dynamic("heads"), T.dynamic("groups")
-    slots, documents = T.dynamic("slots"), T.dynamic("documents")
+    slots, documents, kept = (T.dynamic(x) for x in ("slots", "documents", "kept"))
+    places, members = T.dynamic("places"), T.dynamic("members")
     q_token, q_head = T.dynamic("q_token"), T.dynamic("q_head")
     k_token, k_head = T.dynamic("k_token"), T.dynamic("k_head")
     o_token, o_head = T.dynamic("o_token"), T.dynamic("o_head")
+
+    @T.macro
+    def bring_rows(source, tiles, full, rows, p, first, head, columns, left):
+        """The tile of part p ← the chunk's rows of source[:, head, columns:], zero behind the document's end."""
+        if left >= C:
+            T.tma_copy(
+                source[first : first + C, head, columns : columns + part],
+                tiles[rows % 2 * 2 + p, :, :],
+                barrier=full[rows % 2],
+            )
+        else:
+            load_tail(tiles, rows % 2 * 2 + p, source, first, head, columns, left, part)
+
+    @T.macro
+    def bring_states(source, index, head, columns, both, tile_0, tile_1, full):
+        """tile_0 and, if there are both, tile_1 ← the parts from `columns` on of source[index, head]."""
+        T.tma_copy(source[index, head, columns : columns + part, :], tile_0, barrier=full[0])
+        if both:
+            T.tma_copy(source[index, head, columns + part : columns + 2 * part, :], tile_1, barrier=full[0])
+
+    @T.macro
+    def repair(dv, dv_s, tiny, vec, stage, tile, first, left, head, columns):
+        """dv ← β/β̄ ∘ dv for two parts, if any β of the chunk is tiny."""
+        if tiny[stage, 0] + tiny[stage, 1] > 0:
+            for row in T.serial(C):
+                if vec[stage, BETA, row] < vec[stage, BAR, row] and row < left:
+                    for j in T.Parallel(2 * part):
+                        if columns + j < V:
+                            dv[first + row, head, columns + j] = (
+                                T.cast(dv_s[tile + j // part, row, j % part], "float32")
+                                * vec[stage, BETA, row]
+                                / vec[stage, BAR, row]
+                            )
+
+    @T.macro
+    def advance(S, W, tile, vec, stage, k, work, operand, wanted, scratch, worker, member, columns):
+        """If wanted, scratch[worker, member, columns:] ← the rows that S holds of the state, after this chunk."""
+        for i, j in T.Parallel(part, C):
+            operand[i, j] = T.cast(W[tile, j, i], "float32") * vec[stage, ROW_E, j]
+        gamma = T.alloc_var("float32")
+        gamma = T.exp2(vec[stage, TOTAL, C - 1])
+        T.copy(S, work)
+        for i, j in T.Parallel(part, K):
+            work[i, j] *= gamma
+        T.gemm(operand, k, work)
+        if wanted:
+            T.copy(work, scratch[worker, member, columns : columns + part, :])
+
+    @T.macro
+    def add_products(work, keys, total, sums):
+        """total += work, sums ← rows of work ∘ keys; work is spent."""
+        for i, j in T.Parallel(C, K):
+            total[i, j] += work[i, j]
+        for i, j in T.Parallel(C, K):
+            work[i, j] *= T.cast(keys[i, j], "float32")
+        T.reduce_sum(work, sums, dim=1)
+
+    @T.macro
+    def add_inner(S, dS, inside, s_16, ds_16, u):
+        """inside[0..3] += parts of ⟨S, dS⟩, by 64 threads u."""
+        for block in T.serial(part * K // 8 // 128):
+            for half in T.unroll(2):
+                row = (block * 128 + half * 64 + u) // (K // 8)
+                column = (block * 128 + half * 64 + u) % (K // 8) * 8
+                for x in T.vectorized(8):
+                    s_16[half * 8 + x] = S[row, column + x]
+                for x in T.vectorized(8):
+                    ds_16[half * 8 + x] = dS[row, column + x]
+            for x in T.unroll(16):
+                inside[x % 4] += T.cast(s_16[x], "float32") * T.cast(ds_16[x], "float32")
+
+    @T.macro
+    def finish(total, diagonal, square, own, other, own_f, work, sums):
+        """total ← total + diagonal ∘ other, then without its part along `own` if that was normalised."""
+        T.copy(other, own_f)
+        for i, j in T.Parallel(C, K):
+            total[i, j] += diagonal[i] * T.cast(own_f[i, j], "float32")
+        if l2norm:
+            T.copy(own, own_f)
+            for i, j in T.Parallel(C, K):
+                work[i, j] = total[i, j] * T.cast(own_f[i, j], "float32")
+            T.reduce_sum(work, sums, dim=1)
+            for i in T.Parallel(C):
+                sums[i] *= square[i]
+            for i, j in T.Parallel(C, K):
+                total[i, j] -= sums[i] * T.cast(own_f[i, j], "float32")
 
     @T.prim_func
     def gradients(
@@ -55,11 +174,12 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
         do: T.StridedTensor((tokens, heads, V), (o_token, o_head, 1), dtype),
         W: T.Tensor((tokens, heads, V), dtype),
         dv: T.Tensor((tokens, heads, V), dtype),
-        states: T.Tensor((slots, heads, V, K), dtype),
+        states: T.Tensor((kept, heads, V, K), dtype),
         d_states: T.Tensor((slots, heads, V, K), dtype),
         gates: T.Tensor((slots, heads, 2, C), "float32"),
         norms: T.Tensor((slots, groups, 2, C), "float32"),
         cu_seqlens: T.Tensor((documents + 1,), "int32"),
+        scratch: T.Tensor((places, members, parts * part, K), dtype),
         dq: T.Tensor((tokens, groups, K), dtype),
         dk: T.Tensor((tokens, groups, K), dtype),
         dg: T.Tensor((tokens, heads), "float32"),
@@ -69,485 +189,442 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
         ratio: T.int32,
         workers: T.int32,
     ):
-        with T.Kernel(workers, threads=384) as (worker,):
-            q_s = T.alloc_shared((2, C, K), dtype)
-            k_s = T.alloc_shared((2, C, K), dtype)
-            do_s = T.alloc_shared((2, C, part), dtype)
-            W_s = T.alloc_shared((2, C, part), dtype)
-            dv_s = T.alloc_shared((2, C, part), dtype)
-            S_s = T.alloc_shared((2, part, K), dtype)
-            dS_s = T.alloc_shared((2, part, K), dtype)
+        with T.Kernel(workers, threads=384, prelude=PRELUDE) as (worker,):
+            q_s = T.alloc_shared((C, K), dtype)
+            k_s = T.alloc_shared((C, K), dtype)
+            do_s = T.alloc_shared((4, C, part), dtype)  # [stage · 2 + part of the pair]
+            W_s = T.alloc_shared((4, C, part), dtype)
+            dv_s = T.alloc_shared((4, C, part), dtype)
+            S_0, S_1 = T.alloc_shared((part, K), dtype), T.alloc_shared((part, K), dtype)
+            dS_0, dS_1 = T.alloc_shared((part, K), dtype), T.alloc_shared((part, K), dtype)
             F_s = T.alloc_shared((C, C), dtype)
-            H_s = T.alloc_shared((C, C), dtype)
-            ones_s = T.alloc_shared((C, C), "bfloat16")  # [t, i]: 1 where i ≥ t
-            zq_s = T.alloc_shared((C, C), "bfloat16")
-            zk_s = T.alloc_shared((C, C), "bfloat16")
-            vec = T.alloc_shared((VECTORS, C), "float32")
-            chi_s = T.alloc_shared((2, C), "float32")
-            kappa_s = T.alloc_shared((2, C), "float32")
-            c_s = T.alloc_shared((C,), "float32")
-            d_s = T.alloc_shared((C,), "float32")
+            H_s = T.alloc_shared((C, C), dtype)  # −H
+            f_s = T.alloc_shared((C,), "float32")
+            vec = T.alloc_shared((2, VECTORS, C), "float32")
+            tiny_s = T.alloc_shared((2, 2), "int32")  # of the chunk's halves: does β̄ differ from β anywhere?
+            a_s = T.alloc_shared((C,), "float32")
+            b_s = T.alloc_shared((C,), "float32")
             e_s = T.alloc_shared((C,), "float32")
-            crossing_q = T.alloc_shared((C,), "float32")
-            crossing_k = T.alloc_shared((C,), "float32")
             inner_s = T.alloc_shared((2,), "float32")
-            tiny_s = T.alloc_shared((2,), "int32")  # of the chunk's halves: does β̄ differ from β anywhere?
 
             # the first warpgroup's
             dQ = T.alloc_fragment((C, K), "float32")
+            work_q = T.alloc_fragment((C, K), "float32")
+            picked = T.alloc_fragment((C, C), "float32")
             F = T.alloc_fragment((C, C), "float32")
+            H = T.alloc_fragment((C, C), "float32")
             F_r = T.alloc_fragment((C, C), dtype)
-            QK = T.alloc_fragment((C, C), "float32")
-            zq = T.alloc_fragment((C, C), "bfloat16")
-            from_S = T.alloc_fragment((C, K), "float32")
+            H_r = T.alloc_fragment((C, C), dtype)
+            operand_q = T.alloc_fragment((part, C), dtype)
             q_f = T.alloc_fragment((C, K), dtype)
             rows_q = T.alloc_fragment((C,), "float32")
-            c_f = T.alloc_fragment((C,), "float32")
+            a_f = T.alloc_fragment((C,), "float32")
+            f_q = T.alloc_fragment((C,), "float32")
+            square_q = T.alloc_fragment((C,), "float32")
             # the second's
             dK = T.alloc_fragment((C, K), "float32")
-            H = T.alloc_fragment((C, C), "float32")
-            H_r = T.alloc_fragment((C, C), dtype)
-            KK = T.alloc_fragment((C, C), "float32")
-            zk = T.alloc_fragment((C, C), "bfloat16")
-            from_states = T.alloc_fragment((C, K), "float32")
+            work_k = T.alloc_fragment((C, K), "float32")
+            operand_k = T.alloc_fragment((part, C), dtype)
             k_f = T.alloc_fragment((C, K), dtype)
             rows_k = T.alloc_fragment((C,), "float32")
-            d_f = T.alloc_fragment((C,), "float32")
+            b_f = T.alloc_fragment((C,), "float32")
             e_f = T.alloc_fragment((C,), "float32")
+            f_k = T.alloc_fragment((C,), "float32")
+            square_k = T.alloc_fragment((C,), "float32")
             # the third's
-            s_8 = T.alloc_local((8,), dtype)
-            ds_8 = T.alloc_local((8,), dtype)
+            s_16 = T.alloc_local((16,), dtype)
+            ds_16 = T.alloc_local((16,), dtype)
+            inside = T.alloc_local((4,), "float32")
+            low, high = T.alloc_local((2,), "float32"), T.alloc_local((2,), "float32")
+            moved = T.alloc_local((4,), "float32")
 
-            keys_full, keys_empty = T.alloc_barrier([96] * 2), T.alloc_barrier([256] * 2)
             rows_full, rows_empty = T.alloc_barrier([32] * 2), T.alloc_barrier([256] * 2)
-            vec_full, vec_empty = T.alloc_barrier([64]), T.alloc_barrier([256])
-            S_full, S_empty = T.alloc_barrier([32] * 2), T.alloc_barrier([320] * 2)
-            dS_full, dS_empty = T.alloc_barrier([32] * 2), T.alloc_barrier([192] * 2)
-            inner_full, inner_empty = T.alloc_barrier([64]), T.alloc_barrier([128])
-            sums_full, sums_empty = T.alloc_barrier([128]), T.alloc_barrier([128])
-            F_full, F_empty = T.alloc_barrier([128]), T.alloc_barrier([128])
+            S_full, S_empty = T.alloc_barrier([32]), T.alloc_barrier([320])
+            dS_full, dS_empty = T.alloc_barrier([32]), T.alloc_barrier([192])
+            keys_full, keys_empty = T.alloc_barrier([32]), T.alloc_barrier([256])
+            vec_full, vec_empty = T.alloc_barrier([64] * 2), T.alloc_barrier([256] * 2)
+            FH_full, FH_empty = T.alloc_barrier([128]), T.alloc_barrier([128])
+            sums_full, sums_empty = T.alloc_barrier([320]), T.alloc_barrier([32])
 
             thread = T.get_thread_binding()
-            items = slots * groups
-            item_phase = T.alloc_var("int32", init=0)  # items done
-            pair_phase = T.alloc_var("int32", init=0)  # pairs of parts done
-            head_phase = T.alloc_var("int32", init=0)  # heads done
-            document = T.alloc_var("int32")
-            place = T.alloc_local((3,), "int32")
-            first = T.alloc_var("int32")
-            size = T.alloc_var("int32")
+            items = kept * groups
+            step = T.alloc_var("int32", init=0)  # steps done
+            chunk = T.alloc_var("int32", init=0)  # chunks done
+            rows = T.alloc_var("int32", init=0)  # pairs of rows done
+            pairs_done = T.alloc_var("int32", init=0)  # pairs of S, dS done
+            place = T.alloc_local((6,), "int32")
             slot = T.alloc_var("int32")
             group = T.alloc_var("int32")
-
-            for i, j in T.Parallel(C, C):
-                ones_s[i, j] = T.if_then_else(j >= i, 1.0, 0.0)
-            T.fence_proxy_async()
-            T.sync_threads()
+            first = T.alloc_var("int32")
+            left = T.alloc_var("int32")  # tokens from the chunk's first to the document's end
 
             if thread < 128:
-                T.set_max_nreg(224, 1)
+                T.set_max_nreg(budgets[0], 1)
                 for turn in T.serial(T.ceildiv(items - worker, workers)):
                     slot = (worker + turn * workers) // groups
                     group = (worker + turn * workers) % groups
-                    find_document(cu_seqlens, documents, slot, steps, C, place)
-                    document = place[0]
-                    first = cu_seqlens[document] + (slot - cu_seqlens[document] // C - document) * C
-                    size = cu_seqlens[document + 1] - first
-                    if size > 0:
-                        T.barrier_wait(keys_full[item_phase % 2], item_phase // 2 % 2)
-                        T.clear(dQ)
-                        for member in T.serial(ratio):
-                            T.barrier_wait(vec_full[0], head_phase % 2)
-                            T.clear(c_f)
-                            for pair in T.serial(pairs):
-                                if pair > 0:
-                                    for p in T.unroll(2):
-                                        T.barrier_arrive(rows_empty[p])
-                                T.clear(from_S)
-                                for p in T.unroll(2):
-                                    T.barrier_wait(rows_full[p], pair_phase % 2)
-                                    T.barrier_wait(S_full[p], pair_phase % 2)
-                                    if pair * 2 + p < parts:
-                                        T.gemm(do_s[p, :, :], S_s[p, :, :], from_S)
-                                    T.barrier_arrive(S_empty[p])
-                                for i, j in T.Parallel(C, K):
-                                    from_S[i, j] *= vec[ROW_Q, i]
-                                for i, j in T.Parallel(C, K):
-                                    dQ[i, j] += from_S[i, j]
-                                T.copy(q_s[item_phase % 2, :, :], q_f)
-                                for i, j in T.Parallel(C, K):
-                                    from_S[i, j] *= T.cast(q_f[i, j], "float32")
-                                T.reduce_sum(from_S, rows_q, dim=1)
+                    locate(cu_seqlens, documents, slot, steps, place)
+                    for c in T.serial(per_item):
+                        first = place[FIRST] + c * C
+                        left = place[LEFT] - c * C
+                        if left > 0:
+                            T.clear(dQ)
+                            T.clear(f_q)
+                            for member in T.serial(ratio):
+                                head = group * ratio + member
+                                T.barrier_wait(vec_full[step % 2], step // 2 % 2)
+                                T.clear(F)
+                                T.clear(H)
+                                for pair in T.serial(pairs):
+                                    T.barrier_wait(rows_full[rows % 2], rows // 2 % 2)
+                                    T.wgmma_gemm(do_s[rows % 2 * 2, :, :], W_s[rows % 2 * 2, :, :], F, transpose_B=True)
+                                    T.wgmma_gemm(dv_s[rows % 2 * 2, :, :], W_s[rows % 2 * 2, :, :], H, transpose_B=True)
+                                    if pair * 2 + 1 < parts:
+                                        T.wgmma_gemm(
+                                            do_s[rows % 2 * 2 + 1, :, :],
+                                            W_s[rows % 2 * 2 + 1, :, :],
+                                            F,
+                                            transpose_B=True,
+                                        )
+                                        T.wgmma_gemm(
+                                            dv_s[rows % 2 * 2 + 1, :, :],
+                                            W_s[rows % 2 * 2 + 1, :, :],
+                                            H,
+                                            transpose_B=True,
+                                        )
+                                    T.wait_wgmma(0)
+                                    if sweeps == 2:
+                                        T.barrier_arrive(rows_empty[rows % 2])
+                                        rows += 1
+                                for i, j in T.Parallel(C, C):
+                                    picked[i, j] = T.if_then_else(i == j, H[i, j], 0.0)
+                                T.reduce_sum(picked, rows_q, dim=1)
                                 for i in T.Parallel(C):
-                                    c_f[i] += rows_q[i]
-                                if pair == 0:
-                                    T.clear(F)
-                                for p in T.unroll(2):
-                                    if pair * 2 + p < parts:
-                                        T.gemm(do_s[p, :, :], W_s[p, :, :], F, transpose_B=True)
-                                pair_phase += 1
-                            for i, j in T.Parallel(C, C):
-                                F[i, j] *= T.if_then_else(
-                                    i >= j,
-                                    T.exp2(vec[TOTAL, i] - vec[TOTAL, j])
-                                    * (scale * chi_s[item_phase % 2, i])
-                                    * vec[COLUMN, j],
-                                    0.0,
-                                )
-                            for p in T.unroll(2):
-                                T.barrier_arrive(rows_empty[p])
-                            T.barrier_arrive(vec_empty[0])
-                            T.copy(F, F_r)
-                            T.barrier_wait(F_empty[0], (head_phase + 1) % 2)
-                            T.copy(F_r, F_s)
-                            T.fence_proxy_async()
-                            T.barrier_arrive(F_full[0])
-                            T.gemm(F_r, k_s[item_phase % 2, :, :], dQ)
-                            T.gemm(
-                                q_s[item_phase % 2, :, :],
-                                k_s[item_phase % 2, :, :],
-                                QK,
-                                transpose_B=True,
-                                clear_accum=True,
-                            )
-                            for i, j in T.Parallel(C, C):
-                                QK[i, j] = T.if_then_else(i > j, F[i, j] * QK[i, j], 0.0)
-                            T.copy(QK, zq)
-                            T.copy(zq, zq_s)
-                            for i, j in T.Parallel(C, C):
-                                QK[i, j] -= T.cast(zq[i, j], "float32")
-                            T.copy(QK, zq)
-                            T.fence_proxy_async()
-                            T.sync_threads(8, 128)
-                            T.gemm(ones_s, zq_s, F, clear_accum=True)
-                            T.sync_threads(8, 128)
-                            T.copy(zq, zq_s)
-                            T.fence_proxy_async()
-                            T.sync_threads(8, 128)
-                            T.gemm(ones_s, zq_s, F)
-                            for i, j in T.Parallel(C, C):
-                                F[i, j] = T.if_then_else(j < i, F[i, j], 0.0)
-                            T.reduce_sum(F, rows_q, dim=1)
-                            T.barrier_wait(sums_empty[0], (head_phase + 1) % 2)
-                            T.copy(rows_q, crossing_q)
-                            T.copy(c_f, c_s)
-                            T.barrier_arrive(sums_full[0])
-                            head_phase += 1
-                        if l2norm:
-                            T.copy(q_s[item_phase % 2, :, :], q_f)
+                                    if i < left:
+                                        dbeta[first + i, head] = rows_q[i] / (
+                                            vec[step % 2, BAR, i] * vec[step % 2, OMEGA, i]
+                                        )
+                                for i, j in T.Parallel(C, C):
+                                    picked[i, j] = T.if_then_else(i == j, F[i, j], 0.0)
+                                T.reduce_sum(picked, rows_q, dim=1)
+                                for i in T.Parallel(C):
+                                    rows_q[i] *= vec[step % 2, ROW_F, i] * vec[step % 2, COLUMN, i]
+                                for i in T.Parallel(C):
+                                    f_q[i] += rows_q[i]
+                                for i, j in T.Parallel(C, C):
+                                    picked[i, j] = T.exp2(
+                                        T.if_then_else(
+                                            i > j,
+                                            vec[step % 2, TOTAL, i] - vec[step % 2, SHIFTED, j],
+                                            -T.infinity("float32"),
+                                        )
+                                    )
+                                for i, j in T.Parallel(C, C):
+                                    F_r[i, j] = F[i, j] * picked[i, j] * vec[step % 2, ROW_F, i]
+                                for i, j in T.Parallel(C, C):
+                                    H_r[i, j] = -H[i, j] * picked[i, j] * vec[step % 2, ROW_H, i]
+                                T.barrier_wait(FH_empty[0], (step + 1) % 2)
+                                T.copy(F_r, F_s)
+                                T.copy(H_r, H_s)
+                                T.copy(rows_q, f_s)
+                                release_tiles()
+                                T.barrier_arrive(FH_full[0])
+                                T.clear(a_f)
+                                for pair in T.serial(pairs):
+                                    if sweeps == 2:
+                                        T.barrier_wait(rows_full[rows % 2], rows // 2 % 2)
+                                    T.barrier_wait(S_full[0], pairs_done % 2)
+                                    if pair == 0:
+                                        T.barrier_wait(keys_full[0], chunk % 2)
+                                    advance(
+                                        S_0, W_s, rows % 2 * 2, vec, step % 2, k_s, work_q, operand_q,
+                                        c + 1 < per_item and left > C,
+                                        scratch, worker, member, pair * 2 * part,
+                                    )  # fmt: skip
+                                    T.clear(work_q)
+                                    T.wgmma_gemm(do_s[rows % 2 * 2, :, :], S_0, work_q)
+                                    if pair * 2 + 1 < parts:
+                                        T.wgmma_gemm(do_s[rows % 2 * 2 + 1, :, :], S_1, work_q)
+                                    T.wait_wgmma(0)
+                                    repair(
+                                        dv, dv_s, tiny_s, vec, step % 2, rows % 2 * 2,
+                                        first, left, head, pair * 2 * part,
+                                    )  # fmt: skip
+                                    release_tiles()
+                                    T.barrier_arrive(S_empty[0])
+                                    T.barrier_arrive(rows_empty[rows % 2])
+                                    for i, j in T.Parallel(C, K):
+                                        work_q[i, j] *= vec[step % 2, ROW_A, i]
+                                    if pair == pairs - 1:
+                                        T.gemm(F_r, k_s, work_q)
+                                    T.copy(q_s, q_f)
+                                    add_products(work_q, q_f, dQ, rows_q)
+                                    for i in T.Parallel(C):
+                                        a_f[i] += rows_q[i]
+                                    rows += 1
+                                    pairs_done += 1
+                                for i in T.Parallel(C):
+                                    square_q[i] = vec[step % 2, CHI_2, i]
+                                T.barrier_wait(sums_empty[0], (step + 1) % 2)
+                                T.copy(a_f, a_s)
+                                release_tiles()
+                                T.barrier_arrive(sums_full[0])
+                                T.barrier_arrive(vec_empty[step % 2])
+                                step += 1
+                            finish(dQ, f_q, square_q, q_s, k_s, q_f, work_q, rows_q)
+                            release_tiles()
+                            T.barrier_arrive(keys_empty[0])
                             for i, j in T.Parallel(C, K):
-                                from_S[i, j] = dQ[i, j] * T.cast(q_f[i, j], "float32")
-                            T.reduce_sum(from_S, rows_q, dim=1)
-                            for i, j in T.Parallel(C, K):
-                                dQ[i, j] -= (
-                                    chi_s[item_phase % 2, i]
-                                    * chi_s[item_phase % 2, i]
-                                    * rows_q[i]
-                                    * T.cast(q_f[i, j], "float32")
-                                )
-                        T.fence_proxy_async()
-                        T.barrier_arrive(keys_empty[item_phase % 2])
-                        for i, j in T.Parallel(C, K):
-                            if i < size:
-                                dq[first + i, group, j] = dQ[i, j]
-                        item_phase += 1
+                                if i < left:
+                                    dq[first + i, group, j] = dQ[i, j]
+                            chunk += 1
             elif thread < 256:
-                T.set_max_nreg(224, 1)
+                T.set_max_nreg(budgets[1], 1)
                 for turn in T.serial(T.ceildiv(items - worker, workers)):
                     slot = (worker + turn * workers) // groups
                     group = (worker + turn * workers) % groups
-                    find_document(cu_seqlens, documents, slot, steps, C, place)
-                    document = place[0]
-                    first = cu_seqlens[document] + (slot - cu_seqlens[document] // C - document) * C
-                    size = cu_seqlens[document + 1] - first
-                    if size > 0:
-                        T.barrier_wait(keys_full[item_phase % 2], item_phase // 2 % 2)
-                        T.clear(dK)
-                        for member in T.serial(ratio):
-                            head = group * ratio + member
-                            T.barrier_wait(vec_full[0], head_phase % 2)
-                            T.clear(d_f)
-                            T.clear(e_f)
-                            for pair in T.serial(pairs):
-                                if pair > 0:
-                                    for p in T.unroll(2):
-                                        T.barrier_arrive(rows_empty[p])
-                                T.clear(from_states)
-                                for p in T.unroll(2):
-                                    T.barrier_wait(rows_full[p], pair_phase % 2)
-                                    T.barrier_wait(S_full[p], pair_phase % 2)
-                                    if pair * 2 + p < parts:
-                                        T.gemm(dv_s[p, :, :], S_s[p, :, :], from_states)
-                                    T.barrier_arrive(S_empty[p])
-                                for i, j in T.Parallel(C, K):
-                                    from_states[i, j] *= vec[ROW_D, i]
-                                for i, j in T.Parallel(C, K):
-                                    dK[i, j] += from_states[i, j]
-                                T.copy(k_s[item_phase % 2, :, :], k_f)
-                                for i, j in T.Parallel(C, K):
-                                    from_states[i, j] *= T.cast(k_f[i, j], "float32")
-                                T.reduce_sum(from_states, rows_k, dim=1)
+                    locate(cu_seqlens, documents, slot, steps, place)
+                    for c in T.serial(per_item):
+                        first = place[FIRST] + c * C
+                        left = place[LEFT] - c * C
+                        if left > 0:
+                            T.clear(dK)
+                            T.clear(f_k)
+                            for member in T.serial(ratio):
+                                head = group * ratio + member
+                                T.barrier_wait(vec_full[step % 2], step // 2 % 2)
+                                if sweeps == 2:
+                                    for pair in T.serial(pairs):
+                                        T.barrier_wait(rows_full[rows % 2], rows // 2 % 2)
+                                        T.barrier_arrive(rows_empty[rows % 2])
+                                        rows += 1
+                                T.clear(b_f)
+                                T.clear(e_f)
+                                for pair in T.serial(pairs):
+                                    T.barrier_wait(rows_full[rows % 2], rows // 2 % 2)
+                                    T.barrier_wait(dS_full[0], pairs_done % 2)
+                                    T.clear(work_k)
+                                    T.wgmma_gemm(W_s[rows % 2 * 2, :, :], dS_0, work_k)
+                                    if pair * 2 + 1 < parts:
+                                        T.wgmma_gemm(W_s[rows % 2 * 2 + 1, :, :], dS_1, work_k)
+                                    T.wait_wgmma(0)
+                                    T.barrier_arrive(dS_empty[0])
+                                    for i, j in T.Parallel(C, K):
+                                        work_k[i, j] *= vec[step % 2, ROW_E, i]
+                                    if pair == 0:
+                                        T.barrier_wait(keys_full[0], chunk % 2)
+                                    T.copy(k_s, k_f)
+                                    add_products(work_k, k_f, dK, rows_k)
+                                    for i in T.Parallel(C):
+                                        e_f[i] += rows_k[i]
+                                    T.barrier_wait(S_full[0], pairs_done % 2)
+                                    if pair * 2 + 1 < parts:
+                                        advance(
+                                            S_1, W_s, rows % 2 * 2 + 1, vec, step % 2, k_s, work_k, operand_k,
+                                            c + 1 < per_item and left > C,
+                                            scratch, worker, member, (pair * 2 + 1) * part,
+                                        )  # fmt: skip
+                                    T.clear(work_k)
+                                    T.wgmma_gemm(dv_s[rows % 2 * 2, :, :], S_0, work_k)
+                                    if pair * 2 + 1 < parts:
+                                        T.wgmma_gemm(dv_s[rows % 2 * 2 + 1, :, :], S_1, work_k)
+                                    T.wait_wgmma(0)
+                                    release_tiles()
+                                    T.barrier_arrive(S_empty[0])
+                                    T.barrier_arrive(rows_empty[rows % 2])
+                                    for i, j in T.Parallel(C, K):
+                                        work_k[i, j] *= vec[step % 2, ROW_B, i]
+                                    if pair == pairs - 1:
+                                        T.barrier_wait(FH_full[0], step % 2)
+                                        T.gemm(H_s, k_s, work_k)
+                                    T.copy(k_s, k_f)
+                                    add_products(work_k, k_f, dK, rows_k)
+                                    for i in T.Parallel(C):
+                                        b_f[i] += rows_k[i]
+                                    rows += 1
+                                    pairs_done += 1
+                                T.clear(work_k)
+                                T.wgmma_gemm(F_s, q_s, work_k, transpose_A=True)
+                                T.wgmma_gemm(H_s, k_s, work_k, transpose_A=True)
+                                T.wait_wgmma(0)
                                 for i in T.Parallel(C):
-                                    d_f[i] += rows_k[i]
-                                T.clear(from_states)
-                                for p in T.unroll(2):
-                                    T.barrier_wait(dS_full[p], pair_phase % 2)
-                                    if pair * 2 + p < parts:
-                                        T.gemm(W_s[p, :, :], dS_s[p, :, :], from_states)
-                                    T.barrier_arrive(dS_empty[p])
-                                for i, j in T.Parallel(C, K):
-                                    from_states[i, j] *= vec[ROW_E, i]
-                                for i, j in T.Parallel(C, K):
-                                    dK[i, j] += from_states[i, j]
-                                T.copy(k_s[item_phase % 2, :, :], k_f)
-                                for i, j in T.Parallel(C, K):
-                                    from_states[i, j] *= T.cast(k_f[i, j], "float32")
-                                T.reduce_sum(from_states, rows_k, dim=1)
+                                    f_k[i] += f_s[i]
+                                release_tiles()
+                                T.barrier_arrive(FH_empty[0])
+                                add_products(work_k, k_f, dK, rows_k)
                                 for i in T.Parallel(C):
-                                    e_f[i] += rows_k[i]
-                                if pair == 0:
-                                    T.clear(H)
-                                for p in T.unroll(2):
-                                    if pair * 2 + p < parts:
-                                        T.gemm(dv_s[p, :, :], W_s[p, :, :], H, transpose_B=True)
-                                if tiny_s[0] + tiny_s[1] > 0:
-                                    for p in T.unroll(2):
-                                        for row in T.serial(C):
-                                            if vec[BETA, row] < vec[BAR, row] and row < size:
-                                                for j in T.Parallel(part):
-                                                    if (pair * 2 + p) * part + j < V:
-                                                        dv[first + row, head, (pair * 2 + p) * part + j] = (
-                                                            T.cast(dv_s[p, row, j], "float32")
-                                                            * vec[BETA, row]
-                                                            / vec[BAR, row]
-                                                        )
-                                    T.fence_proxy_async()
-                                pair_phase += 1
-                            for i, j in T.Parallel(C, C):
-                                if i == j and i < size:
-                                    dbeta[first + i, head] = H[i, j] / (vec[BAR, i] * vec[BAR, i])
-                            for i, j in T.Parallel(C, C):
-                                H[i, j] *= T.if_then_else(
-                                    i > j,
-                                    T.exp2(vec[TOTAL, i] - vec[TOTAL, j]) * vec[COLUMN, i] * vec[COLUMN, j],
-                                    0.0,
-                                )
-                            gamma = T.alloc_var("float32")
-                            gamma = T.exp2(vec[TOTAL, C - 1])
-                            for p in T.unroll(2):
-                                T.barrier_arrive(rows_empty[p])
-                            T.barrier_arrive(vec_empty[0])
-                            for i, j in T.Parallel(C, C):
-                                H_r[i, j] = -H[i, j]
-                            T.copy(H_r, H_s)
-                            T.fence_proxy_async()
-                            T.gemm(H_r, k_s[item_phase % 2, :, :], dK)
-                            T.sync_threads(9, 128)
-                            T.gemm(H_s, k_s[item_phase % 2, :, :], dK, transpose_A=True)
-                            T.barrier_wait(F_full[0], head_phase % 2)
-                            T.gemm(F_s, q_s[item_phase % 2, :, :], dK, transpose_A=True)
-                            T.barrier_arrive(F_empty[0])
-                            T.gemm(
-                                k_s[item_phase % 2, :, :],
-                                k_s[item_phase % 2, :, :],
-                                KK,
-                                transpose_B=True,
-                                clear_accum=True,
-                            )
-                            for i, j in T.Parallel(C, C):
-                                KK[i, j] *= -H[i, j]
-                            T.copy(KK, zk)
-                            T.copy(zk, zk_s)
-                            for i, j in T.Parallel(C, C):
-                                KK[i, j] -= T.cast(zk[i, j], "float32")
-                            T.copy(KK, zk)
-                            T.copy(d_f, d_s)
-                            T.copy(e_f, e_s)
-                            T.fence_proxy_async()
-                            T.sync_threads(9, 128)
-                            T.gemm(ones_s, zk_s, KK, clear_accum=True)
-                            T.sync_threads(9, 128)
-                            T.copy(zk, zk_s)
-                            T.fence_proxy_async()
-                            T.sync_threads(9, 128)
-                            T.gemm(ones_s, zk_s, KK)
-                            for i, j in T.Parallel(C, C):
-                                KK[i, j] = T.if_then_else(j < i, KK[i, j], 0.0)
-                            T.reduce_sum(KK, rows_k, dim=1)
-                            T.copy(rows_k, crossing_k)
-                            T.barrier_wait(inner_full[0], head_phase % 2)
-                            T.barrier_wait(sums_full[0], head_phase % 2)
-                            T.sync_threads(9, 128)
-                            if thread < 128 + C:
-                                t = thread - 128
-                                inside = T.alloc_var("float32", init=0.0)
-                                sum_g = T.alloc_var("float32", init=0.0)
-                                inside = inner_s[0] + inner_s[1]
-                                for i in T.unroll(C):
-                                    sum_g += T.if_then_else(i >= t, c_s[i] + d_s[i], e_s[i])
-                                if t < size:
-                                    dg[first + t, head] = sum_g + inside * gamma + crossing_q[t] + crossing_k[t]
-                            T.barrier_arrive(inner_empty[0])
-                            T.barrier_arrive(sums_empty[0])
-                            head_phase += 1
-                        if l2norm:
-                            T.copy(k_s[item_phase % 2, :, :], k_f)
+                                    b_f[i] -= rows_k[i]
+                                for i in T.Parallel(C):
+                                    square_k[i] = vec[step % 2, KAPPA_2, i]
+                                T.barrier_wait(sums_empty[0], (step + 1) % 2)
+                                T.copy(b_f, b_s)
+                                T.copy(e_f, e_s)
+                                release_tiles()
+                                T.barrier_arrive(sums_full[0])
+                                T.barrier_arrive(vec_empty[step % 2])
+                                step += 1
+                            finish(dK, f_k, square_k, k_s, q_s, k_f, work_k, rows_k)
+                            release_tiles()
+                            T.barrier_arrive(keys_empty[0])
                             for i, j in T.Parallel(C, K):
-                                from_states[i, j] = dK[i, j] * T.cast(k_f[i, j], "float32")
-                            T.reduce_sum(from_states, rows_k, dim=1)
-                            for i, j in T.Parallel(C, K):
-                                dK[i, j] -= (
-                                    kappa_s[item_phase % 2, i]
-                                    * kappa_s[item_phase % 2, i]
-                                    * rows_k[i]
-                                    * T.cast(k_f[i, j], "float32")
-                                )
-                        T.fence_proxy_async()
-                        T.barrier_arrive(keys_empty[item_phase % 2])
-                        for i, j in T.Parallel(C, K):
-                            if i < size:
-                                dk[first + i, group, j] = dK[i, j]
-                        item_phase += 1
+                                if i < left:
+                                    dk[first + i, group, j] = dK[i, j]
+                            chunk += 1
             else:
                 T.set_max_nreg(56, 0)
                 if thread < 256 + 32:
                     for turn in T.serial(T.ceildiv(items - worker, workers)):
                         slot = (worker + turn * workers) // groups
                         group = (worker + turn * workers) % groups
-                        find_document(cu_seqlens, documents, slot, steps, C, place)
-                        document = place[0]
-                        first = cu_seqlens[document] + (slot - cu_seqlens[document] // C - document) * C
-                        size = cu_seqlens[document + 1] - first
-                        if size > 0:
-                            T.barrier_wait(keys_empty[item_phase % 2], (item_phase // 2 + 1) % 2)
-                            if size >= C:
-                                T.tma_copy(
-                                    q[first : first + C, group, :],
-                                    q_s[item_phase % 2, :, :],
-                                    barrier=keys_full[item_phase % 2],
-                                )
-                                T.tma_copy(
-                                    k[first : first + C, group, :],
-                                    k_s[item_phase % 2, :, :],
-                                    barrier=keys_full[item_phase % 2],
-                                )
-                            else:
-                                load_tail(q_s, item_phase % 2, q, first, group, 0, size, K)
-                                load_tail(k_s, item_phase % 2, k, first, group, 0, size, K)
-                                T.fence_proxy_async()
-                            T.barrier_arrive(keys_full[item_phase % 2])
-                            item_phase += 1
-                            for member in T.serial(ratio):
-                                head = group * ratio + member
-                                for pair in T.serial(pairs):
-                                    for p in T.unroll(2):
-                                        columns = (pair * 2 + p) * part
-                                        T.barrier_wait(rows_empty[p], (pair_phase + 1) % 2)
-                                        if pair * 2 + p < parts:
-                                            if size >= C:
-                                                T.tma_copy(
-                                                    do[first : first + C, head, columns : columns + part],
-                                                    do_s[p, :, :],
-                                                    barrier=rows_full[p],
-                                                )
-                                                T.tma_copy(
-                                                    W[first : first + C, head, columns : columns + part],
-                                                    W_s[p, :, :],
-                                                    barrier=rows_full[p],
-                                                )
-                                                T.tma_copy(
-                                                    dv[first : first + C, head, columns : columns + part],
-                                                    dv_s[p, :, :],
-                                                    barrier=rows_full[p],
-                                                )
+                        locate(cu_seqlens, documents, slot, steps, place)
+                        for c in T.serial(per_item):
+                            first = place[FIRST] + c * C
+                            left = place[LEFT] - c * C
+                            if left > 0:
+                                for member in T.serial(ratio):
+                                    head = group * ratio + member
+                                    for load in T.serial(pairs * sweeps):
+                                        now = load % pairs
+                                        T.barrier_wait(rows_empty[rows % 2], (rows // 2 + 1) % 2)
+                                        for p in T.unroll(2):
+                                            if now * 2 + p < parts:
+                                                columns = (now * 2 + p) * part
+                                                bring_rows(do, do_s, rows_full, rows, p, first, head, columns, left)
+                                                bring_rows(W, W_s, rows_full, rows, p, first, head, columns, left)
+                                                bring_rows(dv, dv_s, rows_full, rows, p, first, head, columns, left)
+                                        release_tiles()
+                                        T.barrier_arrive(rows_full[rows % 2])
+                                        rows += 1
+                                        if load >= pairs * (sweeps - 1):
+                                            start = now * 2 * part
+                                            both = now * 2 + 1 < parts
+                                            index = place[BASE] + c
+                                            T.barrier_wait(dS_empty[0], (pairs_done + 1) % 2)
+                                            bring_states(d_states, index, head, start, both, dS_0, dS_1, dS_full)
+                                            T.barrier_arrive(dS_full[0])
+                                            T.barrier_wait(S_empty[0], (pairs_done + 1) % 2)
+                                            if c == 0:
+                                                bring_states(states, slot, head, start, both, S_0, S_1, S_full)
                                             else:
-                                                load_tail(do_s, p, do, first, head, columns, size, part)
-                                                load_tail(W_s, p, W, first, head, columns, size, part)
-                                                load_tail(dv_s, p, dv, first, head, columns, size, part)
-                                                T.fence_proxy_async()
-                                        T.barrier_arrive(rows_full[p])
-                                        T.barrier_wait(S_empty[p], (pair_phase + 1) % 2)
-                                        if pair * 2 + p < parts:
-                                            T.tma_copy(
-                                                states[slot, head, columns : columns + part, :],
-                                                S_s[p, :, :],
-                                                barrier=S_full[p],
-                                            )
-                                        T.barrier_arrive(S_full[p])
-                                    for p in T.unroll(2):
-                                        columns = (pair * 2 + p) * part
-                                        T.barrier_wait(dS_empty[p], (pair_phase + 1) % 2)
-                                        if pair * 2 + p < parts:
-                                            T.tma_copy(
-                                                d_states[slot, head, columns : columns + part, :],
-                                                dS_s[p, :, :],
-                                                barrier=dS_full[p],
-                                            )
-                                        T.barrier_arrive(dS_full[p])
-                                    pair_phase += 1
+                                                acquire_stores()
+                                                bring_states(scratch, worker, member, start, both, S_0, S_1, S_full)
+                                            T.barrier_arrive(S_full[0])
+                                            pairs_done += 1
                 elif thread < 256 + 96:
+                    u = thread - 288
                     for turn in T.serial(T.ceildiv(items - worker, workers)):
                         slot = (worker + turn * workers) // groups
                         group = (worker + turn * workers) % groups
-                        find_document(cu_seqlens, documents, slot, steps, C, place)
-                        document = place[0]
-                        first = cu_seqlens[document] + (slot - cu_seqlens[document] // C - document) * C
-                        size = cu_seqlens[document + 1] - first
-                        if size > 0:
-                            u = thread - 288
-                            chi = norms[slot, group, 0, u]
-                            kappa = norms[slot, group, 1, u]
-                            T.barrier_wait(keys_empty[item_phase % 2], (item_phase // 2 + 1) % 2)
-                            chi_s[item_phase % 2, u] = chi
-                            kappa_s[item_phase % 2, u] = kappa
-                            T.barrier_arrive(keys_full[item_phase % 2])
-                            item_phase += 1
-                            for member in T.serial(ratio):
-                                head = group * ratio + member
-                                total = gates[slot, head, 0, u] * LOG2E
-                                beta = gates[slot, head, 1, u]
-                                bar = T.max(beta, BETA_MIN[dtype])
-                                tiny = T.any_sync(beta < bar)
-                                gamma_u = T.exp2(total)
-                                kappa_fix = kappa * beta / bar
-                                row_e = T.exp2(gates[slot, head, 0, C - 1] * LOG2E - total) * kappa_fix
-                                inside_sum = T.alloc_var("float32")
-                                inside_sum = 0.0
-                                T.barrier_wait(vec_empty[0], (head_phase + 1) % 2)
-                                vec[TOTAL, u] = total
-                                vec[ROW_Q, u] = scale * chi * gamma_u
-                                vec[ROW_D, u] = -gamma_u * kappa_fix
-                                vec[ROW_E, u] = row_e
-                                vec[COLUMN, u] = kappa_fix
-                                vec[BETA, u] = beta
-                                vec[BAR, u] = bar
-                                if u % 32 == 0:
-                                    tiny_s[u // 32] = tiny
-                                T.barrier_arrive(vec_full[0])
-                                for pair in T.serial(pairs):
-                                    for p in T.unroll(2):
-                                        T.barrier_wait(S_full[p], pair_phase % 2)
-                                        T.barrier_wait(dS_full[p], pair_phase % 2)
-                                        if pair * 2 + p < parts:
-                                            for block in T.serial(part * K // 8 // 64):
-                                                row = (block * 64 + u) // (K // 8)
-                                                column = (block * 64 + u) % (K // 8) * 8
-                                                for x in T.vectorized(8):
-                                                    s_8[x] = S_s[p, row, column + x]
-                                                for x in T.vectorized(8):
-                                                    ds_8[x] = dS_s[p, row, column + x]
-                                                for x in T.unroll(8):
-                                                    inside_sum += T.cast(s_8[x], "float32") * T.cast(ds_8[x], "float32")
-                                        T.fence_proxy_async()
-                                        T.barrier_arrive(S_empty[p])
-                                        T.barrier_arrive(dS_empty[p])
-                                    pair_phase += 1
-                                for distance in T.unroll(5):
-                                    inside_sum += T.shfl_xor(inside_sum, 16 >> distance)
-                                T.barrier_wait(inner_empty[0], (head_phase + 1) % 2)
-                                if u % 32 == 0:
-                                    inner_s[u // 32] = inside_sum
-                                T.barrier_arrive(inner_full[0])
-                                head_phase += 1
+                        locate(cu_seqlens, documents, slot, steps, place)
+                        for c in T.serial(per_item):
+                            left = place[LEFT] - c * C
+                            if left > 0:
+                                chi = T.alloc_var("float32")
+                                kappa = T.alloc_var("float32")
+                                chi = norms[place[BASE] + c, group, 0, u]
+                                kappa = norms[place[BASE] + c, group, 1, u]
+                                for member in T.serial(ratio):
+                                    head = group * ratio + member
+                                    total = gates[place[BASE] + c, head, 0, u] * LOG2E
+                                    beta = gates[place[BASE] + c, head, 1, u]
+                                    gamma_C = T.exp2(gates[place[BASE] + c, head, 0, C - 1] * LOG2E)
+                                    rho = T.exp2(gates[place[BASE] + c, head, 0, C - 1] * LOG2E - total)
+                                    bar = T.max(beta, BETA_MIN[dtype])
+                                    tiny = T.any_sync(beta < bar)
+                                    kappa_fix = kappa * beta / bar
+                                    omega = T.alloc_var("float32")
+                                    omega = weight_of_W(beta, rho, kappa, dtype)
+                                    column = kappa * beta / omega
+                                    T.barrier_wait(vec_empty[step % 2], (step // 2 + 1) % 2)
+                                    vec[step % 2, TOTAL, u] = total
+                                    vec[step % 2, SHIFTED, u] = total - T.log2(column)
+                                    vec[step % 2, COLUMN, u] = column
+                                    vec[step % 2, ROW_H, u] = kappa_fix
+                                    vec[step % 2, OMEGA, u] = omega
+                                    vec[step % 2, ROW_F, u] = scale * chi
+                                    vec[step % 2, ROW_A, u] = scale * chi * T.exp2(total)
+                                    vec[step % 2, ROW_B, u] = -T.exp2(total) * kappa_fix
+                                    vec[step % 2, ROW_E, u] = rho * column
+                                    vec[step % 2, CHI_2, u] = chi * chi
+                                    vec[step % 2, KAPPA_2, u] = kappa * kappa
+                                    vec[step % 2, BETA, u] = beta
+                                    vec[step % 2, BAR, u] = bar
+                                    if u % 32 == 0:
+                                        tiny_s[step % 2, u // 32] = tiny
+                                    T.barrier_arrive(vec_full[step % 2])
+                                    for x in T.unroll(4):
+                                        inside[x] = 0.0
+                                    for pair in T.serial(pairs):
+                                        T.barrier_wait(dS_full[0], pairs_done % 2)
+                                        T.barrier_wait(S_full[0], pairs_done % 2)
+                                        add_inner(S_0, dS_0, inside, s_16, ds_16, u)
+                                        if pair * 2 + 1 < parts:
+                                            add_inner(S_1, dS_1, inside, s_16, ds_16, u)
+                                        release_tiles()
+                                        T.barrier_arrive(dS_empty[0])
+                                        T.barrier_arrive(S_empty[0])
+                                        pairs_done += 1
+                                    inside[0] += inside[1] + inside[2] + inside[3]
+                                    for distance in T.unroll(5):
+                                        inside[0] += T.shfl_xor(inside[0], 16 >> distance)
+                                    T.barrier_wait(sums_empty[0], (step + 1) % 2)
+                                    if u % 32 == 0:
+                                        inner_s[u // 32] = inside[0] * gamma_C
+                                    T.barrier_arrive(sums_full[0])
+                                    step += 1
+                else:
+                    lane = thread - 352
+                    for turn in T.serial(T.ceildiv(items - worker, workers)):
+                        slot = (worker + turn * workers) // groups
+                        group = (worker + turn * workers) % groups
+                        locate(cu_seqlens, documents, slot, steps, place)
+                        for c in T.serial(per_item):
+                            first = place[FIRST] + c * C
+                            left = place[LEFT] - c * C
+                            if left > 0:
+                                T.barrier_wait(keys_empty[0], (chunk + 1) % 2)
+                                if left >= C:
+                                    T.tma_copy(k[first : first + C, group, :], k_s, barrier=keys_full[0])
+                                    T.tma_copy(q[first : first + C, group, :], q_s, barrier=keys_full[0])
+                                else:
+                                    load_tail_of(k_s, k, first, group, 0, left, K)
+                                    load_tail_of(q_s, q, first, group, 0, left, K)
+                                    release_tiles()
+                                T.barrier_arrive(keys_full[0])
+                                chunk += 1
+                                for member in T.serial(ratio):
+                                    T.barrier_wait(sums_full[0], step % 2)
+                                    # tokens `lane` and `lane + 32`: [0] summed from the end, [1] from the start
+                                    low[0] = a_s[lane] + b_s[lane]
+                                    high[0] = a_s[lane + 32] + b_s[lane + 32]
+                                    low[1] = e_s[lane]
+                                    high[1] = e_s[lane + 32]
+                                    inside[0] = inner_s[0] + inner_s[1]
+                                    release_tiles()
+                                    T.barrier_arrive(sums_empty[0])
+                                    for power in T.unroll(5):
+                                        moved[0] = T.shfl_down(low[0], 1 << power)
+                                        moved[1] = T.shfl_down(high[0], 1 << power)
+                                        moved[2] = T.shfl_up(low[1], 1 << power)
+                                        moved[3] = T.shfl_up(high[1], 1 << power)
+                                        if lane + (1 << power) < 32:
+                                            low[0] += moved[0]
+                                            high[0] += moved[1]
+                                        if lane >= (1 << power):
+                                            low[1] += moved[2]
+                                            high[1] += moved[3]
+                                    moved[0] = T.shfl_sync(high[0], 0)
+                                    moved[1] = T.shfl_sync(low[1], 31)
+                                    moved[2] = T.shfl_up(low[1], 1)
+                                    moved[3] = T.shfl_up(high[1], 1)
+                                    if lane == 0:
+                                        moved[2] = 0.0
+                                        moved[3] = 0.0
+                                    head = group * ratio + member
+                                    if lane < left:
+                                        dg[first + lane, head] = low[0] + moved[0] + inside[0] + moved[2]
+                                    if lane + 32 < left:
+                                        dg[first + lane + 32, head] = high[0] + inside[0] + moved[1] + moved[3]
+                                    step += 1
 
     return gradients

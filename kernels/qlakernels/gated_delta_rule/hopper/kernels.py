@@ -1,7 +1,7 @@
 """The kernels as they are compiled: which specialisations a call needs, built side by side, kept in the disk cache.
 
 A specialisation is (kernel, what its maker takes). Lengths, batch, heads and strides are read at run time: a model
-needs seven kernels whatever its batches look like.
+needs five kernels whatever its batches look like.
 """
 
 import logging
@@ -12,27 +12,26 @@ from threading import Lock
 
 import tilelang
 from tqdm import tqdm
+from tvm.runtime import Executable
 
 from qlakernels.gated_delta_rule.hopper.boundaries import boundaries_kernel
 from qlakernels.gated_delta_rule.hopper.common import TARGET
-from qlakernels.gated_delta_rule.hopper.expand import expand_kernel
 from qlakernels.gated_delta_rule.hopper.forward import forward_kernel
+from qlakernels.gated_delta_rule.hopper.gate_gradients import gate_gradients_kernel
 from qlakernels.gated_delta_rule.hopper.gradients import gradients_kernel
-from qlakernels.gated_delta_rule.hopper.prepare import prepare_kernel
 from qlakernels.gated_delta_rule.hopper.reverse import reverse_kernel
 
 MAKERS = {
     "boundaries": boundaries_kernel,
-    "prepare": prepare_kernel,
     "forward": forward_kernel,
-    "expand": expand_kernel,
     "reverse": reverse_kernel,
     "gradients": gradients_kernel,
+    "gate_gradients": gate_gradients_kernel,
 }
 
 # The scans synchronise by hand, and no two of their buffers share memory.
 BY_HAND = {"tl.disable_thread_storage_sync": True, "tl.disable_shared_memory_reuse": True}
-PASS_CONFIGS = {"forward": BY_HAND}
+PASS_CONFIGS = {"forward": BY_HAND, "reverse": BY_HAND}
 
 _compiled: dict[tuple, object] = {}
 _lock = Lock()
@@ -44,15 +43,16 @@ def specialisations(key_dim, value_dim, dtype, l2norm, gate, sigmoid, raw_dtype,
     `part`: rows of V that a block of the scans takes, 64 or 128; what fills the chip soonest when None.
     """
     part = part or min(128, -(-value_dim // 64) * 64)
+    scan = key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_dtype, beta_dtype
     needed = {
         "boundaries": ("boundaries",),
-        "prepare": ("prepare", key_dim, dtype, l2norm, gate, sigmoid, raw_dtype, beta_dtype),
-        "forward": ("forward", key_dim, value_dim, dtype, part, keep, l2norm, gate, sigmoid, raw_dtype, beta_dtype),
+        "forward": ("forward", *scan, keep),
     }
     if keep:
-        needed["expand"] = ("expand", key_dim, value_dim, dtype)
-        needed["reverse"] = ("reverse", key_dim, value_dim, dtype)
+        needed["reverse"] = ("reverse", *scan)
         needed["gradients"] = ("gradients", key_dim, value_dim, dtype, l2norm)
+        if gate or sigmoid:
+            needed["gate_gradients"] = ("gate_gradients", gate, sigmoid, raw_dtype, beta_dtype)
     return needed
 
 
@@ -81,3 +81,14 @@ def kernel(key: tuple):
     if key not in _compiled:
         load([key])
     return _compiled[key]
+
+
+def launcher(key: tuple):
+    """The function that launches the kernel of a specialisation, without the Python that tilelang wraps around it.
+
+    That Python (5 µs a call) makes outputs, of which our kernels return none. The function itself checks the number,
+    dtypes, shapes, strides and device of its arguments, and takes the current stream of the tensors' device.
+    """
+    executable = kernel(key).adapter.get_exportable_executable()
+    module = executable.jit() if isinstance(executable, Executable) else executable  # just compiled, or from the cache
+    return module.get_function("main", query_imports=True)

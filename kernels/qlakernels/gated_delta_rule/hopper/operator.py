@@ -1,24 +1,24 @@
 """The gated delta rule on Hopper as a differentiable torch operator.
 
-Forward: P makes what a chunk needs, F scans. Backward: P again, E expands the kept states, R scans in reverse, G makes
-the gradients. Kept in between, per token and value head: W and a state every 256 tokens; besides, the inputs.
+Forward: F scans. Backward: R scans in reverse, G carries the kept states on and makes the gradients, and a small kernel
+takes them to the raw gates. Kept in between, per token and value head: W and a state every 256 tokens; besides, the inputs.
 Documents are told apart on the device alone: nothing here reads the values of `cu_seqlens`.
+
+The two operators are defined with `torch.library.Library` and their own autograd kernel: `torch.library.custom_op`
+costs 70 µs more in each call that wants gradients.
 """
 
 import math
-from functools import lru_cache
+from collections.abc import Callable
+from functools import cache
 
 import torch
-import torch.nn.functional as F
 
 from qlakernels.gated_delta_rule.hopper.common import CHUNK, STATE_STRIDE
-from qlakernels.gated_delta_rule.hopper.kernels import kernel, load, specialisations
-
-
-@lru_cache(maxsize=64)
-def dense_boundaries(batch: int, tokens: int, device: torch.device) -> torch.Tensor:
-    """cu_seqlens of a batch of equal rows, int32 [batch + 1]."""
-    return torch.arange(batch + 1, dtype=torch.int32, device=device) * tokens
+from qlakernels.gated_delta_rule.hopper.constants import constant, equal_rows, zeros
+from qlakernels.gated_delta_rule.hopper.gate_gradients import TOKENS as GATE_TOKENS
+from qlakernels.gated_delta_rule.hopper.gradients import PART, value_parts
+from qlakernels.gated_delta_rule.hopper.kernels import launcher, load, specialisations
 
 
 def run(
@@ -42,17 +42,19 @@ def run(
 ):
     """As `chunk_gated_delta_rule`."""
     batch, tokens = q.shape[:2]
-    if cu_seqlens is None:
-        cu = dense_boundaries(batch, tokens, q.device)
-    else:
-        cu = cu_seqlens.to(q.device, torch.int32, non_blocking=True)
-    if tokens == 0:
-        return _of_no_tokens(k, v, cu, initial_state, output_final_state)
+    if cu_seqlens is not None:
+        cu_seqlens = cu_seqlens.to(q.device, torch.int32, non_blocking=True)
+    if batch * tokens == 0:
+        return _of_no_tokens(k, v, _documents(q, cu_seqlens), initial_state, output_final_state)
     inputs = (q, k, v, g, beta, initial_state, A_log, dt_bias)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    o, final_state, _, _ = _forward(
-        *(tokens_first(x) for x in (q, k, v, g, beta)),
-        cu,
+    o, final_state, _, _, _ = _forward_op(
+        q,
+        k,
+        v,
+        g,
+        beta,
+        cu_seqlens,
         A_log,
         dt_bias,
         None if initial_state is None else initial_state.float().contiguous(),
@@ -64,16 +66,16 @@ def run(
         allow_neg_eigval,
         keep,
     )
-    return o.view(v.shape), (final_state if output_final_state else None)
+    return o, (final_state if output_final_state else None)
 
 
-def _of_no_tokens(k, v, cu, initial_state, output_final_state):
+def _of_no_tokens(k, v, documents, initial_state, output_final_state):
     """Every document is empty: states pass through."""
     if not output_final_state:
         return torch.zeros_like(v), None
     if initial_state is not None:
         return torch.zeros_like(v), initial_state.float().clone()
-    return torch.zeros_like(v), v.new_zeros(cu.numel() - 1, v.shape[2], k.shape[3], v.shape[3], dtype=torch.float32)
+    return torch.zeros_like(v), v.new_zeros(documents, v.shape[2], k.shape[3], v.shape[3], dtype=torch.float32)
 
 
 def tokens_first(x: torch.Tensor) -> torch.Tensor:
@@ -82,127 +84,83 @@ def tokens_first(x: torch.Tensor) -> torch.Tensor:
 
 
 def tiles(x: torch.Tensor) -> torch.Tensor:
-    """x [tokens, H, D] as the copy engine takes it: rows of D, 16-byte steps. A view, unless a stride forbids it."""
+    """x [B, T, H, D] as the copy engine takes it, [B·T, H, D]: rows of D, 16-byte steps. A view, unless a stride
+    forbids it."""
+    x = tokens_first(x)
     step = 16 // x.element_size()
-    strides_fit = x.stride(2) == 1 and all(stride > 0 and stride % step == 0 for stride in x.stride()[:2])
-    return x if strides_fit and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
+    token, head, last = x.stride()
+    fits = last == 1 and token > 0 and head > 0 and token % step == 0 and head % step == 0 and x.data_ptr() % 16 == 0
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 
 def rows(x: torch.Tensor) -> torch.Tensor:
-    """x [tokens, heads] with heads behind each other: a view, unless they are not."""
+    """x [B, T, H] as [B·T, H] with heads behind each other: a view, unless they are not."""
+    x = tokens_first(x)
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def _sizes(tokens: int, documents: int) -> tuple[int, int, int]:
-    """(slots, kept states, halvings that find a document)"""
-    return tokens // CHUNK + documents, tokens // STATE_STRIDE + documents, max(1, math.ceil(math.log2(documents)))
+def _sizes(tokens: int, documents: int) -> tuple[int, int]:
+    """(slots, kept states)"""
+    return tokens // CHUNK + documents, tokens // STATE_STRIDE + documents
+
+
+def _steps(documents: int) -> int:
+    """Halvings that find a document. Not for traces: the logarithm would tie them to one number of documents."""
+    return max(1, math.ceil(math.log2(documents)))
 
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _specialisations(q, k, value_dim, g, beta, documents, l2norm, gate, sigmoid, keep) -> dict[str, tuple]:
-    dtypes = _name(g.dtype), _name(beta.dtype)
-    # a block of 128 rows of V serves more of them with one N and P; one of 64 has the shorter chain
-    blocks = documents * g.shape[1] * -(-value_dim // 128)
-    few = 2 * blocks <= torch.cuda.get_device_properties(q.device).multi_processor_count
-    part = 64 if few or value_dim <= 64 else 128
-    needed = specialisations(k.shape[2], value_dim, _name(q.dtype), l2norm, gate, sigmoid, *dtypes, keep, part)
+@cache
+def _launchers(
+    key_dim, value_dim, dtype, l2norm, gate, sigmoid, raw_dtype, beta_dtype, keep, part
+) -> dict[str, Callable]:
+    """The kernels of a call, and with `keep` of its backward, by name; compiled side by side where they are not yet."""
+    dtypes = _name(raw_dtype), _name(beta_dtype)
+    needed = specialisations(key_dim, value_dim, _name(dtype), l2norm, gate, sigmoid, *dtypes, keep, part)
     load(list(needed.values()))
-    return needed
+    return {name: launcher(key) for name, key in needed.items()}
 
 
-def _prepare(key, q, k, g, beta, cu, A_log, dt_bias, scale, neg):
-    (tokens, groups), heads = k.shape[:2], g.shape[1]
-    slots, _, steps = _sizes(tokens, cu.numel() - 1)
-    N, P = (q.new_empty(slots, heads, CHUNK, CHUNK) for _ in range(2))
-    gates = torch.empty(slots, heads, 2, CHUNK, device=q.device)
-    norms = torch.empty(slots, groups, 2, CHUNK, device=q.device)
-    A_log, dt_bias = (gates.new_zeros(heads) if x is None else x.float().contiguous() for x in (A_log, dt_bias))
-    kernel(key)(
-        q,
-        k,
-        rows(g),
-        rows(beta),
-        A_log,
-        dt_bias,
-        cu,
-        N,
-        P,
-        gates,
-        norms,
-        scale,
-        2.0 if neg else 1.0,
-        steps,
-        heads // groups,
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _part(scans: int, value_dim: int, device: torch.device) -> int:
+    """Rows of V for a block of the scans, of which there are `scans` documents times heads.
+
+    128 of them share one N and P and the tiles of q and k; blocks of 64 have the shorter chain and are twice as many.
+    """
+    few = 2 * scans * -(-value_dim // 128) <= _multiprocessors(device)
+    return 64 if few or value_dim <= 64 else 128
+
+
+def _documents(q, cu_seqlens) -> int:
+    """How many, with q [B, T, Hk, K]"""
+    return q.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+
+
+def _boundaries(launch, q, cu_seqlens) -> tuple[torch.Tensor, torch.Tensor]:
+    """(cu_seqlens, the order for the scans to take the documents in); those that were given are checked."""
+    batch, tokens = q.shape[:2]
+    if cu_seqlens is None:
+        return constant(equal_rows, batch, tokens, device=q.device)
+    order = cu_seqlens.new_empty(cu_seqlens.numel() - 1)
+    launch["boundaries"](cu_seqlens, order, tokens)
+    return cu_seqlens, order
+
+
+def _gate_parameters(A_log, dt_bias, heads, device):
+    """Both as float32 [heads]; zeros for one that is not there, which the gate reads as no bias, and nobody else."""
+    return tuple(
+        constant(zeros, heads, device=device)[0] if x is None else x.float().contiguous() for x in (A_log, dt_bias)
     )
-    return N, P, gates, norms
 
 
-@torch.library.custom_op("qlakernels::gated_delta_rule", mutates_args=())
 def _forward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    g: torch.Tensor,
-    beta: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    A_log: torch.Tensor | None,
-    dt_bias: torch.Tensor | None,
-    initial_state: torch.Tensor | None,
-    scale: float,
-    output_final_state: bool,
-    l2norm: bool,
-    gate: bool,
-    sigmoid: bool,
-    neg: bool,
-    keep: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Tensors [tokens, H, D]; returns o, final states, and for the backward W and every fourth chunk's state."""
-    q, k, v = tiles(q), tiles(k), tiles(v)
-    o, final_state, W, states = _forward_empty(q, k, v, cu_seqlens, output_final_state, keep)
-    (tokens, groups, key_dim), (heads, value_dim) = k.shape, v.shape[1:]
-    if initial_state is None:
-        initial_state = final_state.new_empty(0, heads, key_dim, value_dim)
-    keys = _specialisations(q, k, value_dim, g, beta, cu_seqlens.numel() - 1, l2norm, gate, sigmoid, keep)
-    kernel(keys["boundaries"])(cu_seqlens, tokens)
-    A_log, dt_bias = (final_state.new_zeros(heads) if x is None else x.float().contiguous() for x in (A_log, dt_bias))
-    kernel(keys["forward"])(
-        q,
-        k,
-        v,
-        rows(g),
-        rows(beta),
-        A_log,
-        dt_bias,
-        cu_seqlens,
-        initial_state,
-        o,
-        W,
-        states,
-        final_state,
-        scale,
-        2.0 if neg else 1.0,
-        heads // groups,
-    )
-    return o, final_state, W, states
-
-
-def _forward_empty(q, k, v, cu_seqlens, output_final_state, keep):
-    (tokens, heads, value_dim), key_dim = v.shape, k.shape[2]
-    documents = cu_seqlens.numel() - 1
-    _, kept, _ = _sizes(tokens, documents)
-    return (
-        q.new_empty(tokens, heads, value_dim),
-        q.new_empty(documents if output_final_state else 0, heads, key_dim, value_dim, dtype=torch.float32),
-        q.new_empty(tokens if keep else 0, heads, value_dim),
-        q.new_empty(kept if keep else 0, heads, value_dim, key_dim),
-    )
-
-
-@_forward.register_fake
-def _(
     q,
     k,
     v,
@@ -220,82 +178,75 @@ def _(
     neg,
     keep,
 ):
-    return _forward_empty(q, k, v, cu_seqlens, output_final_state, keep)
-
-
-@torch.library.custom_op("qlakernels::gated_delta_rule_backward", mutates_args=())
-def _backward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    g: torch.Tensor,
-    beta: torch.Tensor,
-    W: torch.Tensor,
-    states: torch.Tensor,
-    do: torch.Tensor,
-    d_final_state: torch.Tensor | None,
-    cu_seqlens: torch.Tensor,
-    A_log: torch.Tensor | None,
-    dt_bias: torch.Tensor | None,
-    with_initial_state: bool,
-    scale: float,
-    l2norm: bool,
-    gate: bool,
-    sigmoid: bool,
-    neg: bool,
-) -> tuple[
-    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
-]:
-    """Returns dq, dk, dv, dg, dbeta (of the raw inputs), dA_log, ddt_bias, d_initial_state."""
-    q, k, do = tiles(q), tiles(k), tiles(do)
-    (tokens, groups, key_dim), (heads, value_dim) = k.shape, W.shape[1:]
-    documents = cu_seqlens.numel() - 1
-    slots, _, steps = _sizes(tokens, documents)
-    ratio = heads // groups
-    keys = _specialisations(q, k, value_dim, g, beta, documents, l2norm, gate, sigmoid, True)
-    N, P, gates, norms = _prepare(keys["prepare"], q, k, g, beta, cu_seqlens, A_log, dt_bias, scale, neg)
-    every, d_states = (q.new_empty(slots, heads, value_dim, key_dim) for _ in range(2))
-    kernel(keys["expand"])(k, W, gates, norms, cu_seqlens, states, every, steps, ratio)
-    dv = torch.empty_like(W)
-    d_initial_state = gates.new_empty(documents if with_initial_state else 0, heads, key_dim, value_dim)
-    if d_final_state is None:
-        d_final_state = gates.new_empty(0, heads, key_dim, value_dim)
-    kernel(keys["reverse"])(
+    """Tensors [B, T, H, D]; returns o and final states, and for the backward W [B·T, H, V], every fourth chunk's state
+    and the order of the documents where they were given."""
+    (groups, key_dim), (heads, value_dim) = k.shape[2:], v.shape[2:]
+    o, final_state, W, states = _outputs(q, k, v, cu_seqlens, output_final_state, keep)
+    if initial_state is None:
+        initial_state = final_state.new_empty(0, heads, key_dim, value_dim)
+    part = _part(_documents(q, cu_seqlens) * heads, value_dim, q.device)
+    launch = _launchers(key_dim, value_dim, q.dtype, l2norm, gate, sigmoid, g.dtype, beta.dtype, keep, part)
+    A_log, dt_bias = _gate_parameters(A_log, dt_bias, heads, q.device)
+    cu, order = _boundaries(launch, q, cu_seqlens)
+    q, k, v, g, beta = tiles(q), tiles(k), tiles(v), rows(g), rows(beta)
+    launch["forward"](
         q,
         k,
-        do,
-        N,
-        P,
-        gates,
-        norms,
-        cu_seqlens,
-        d_final_state.contiguous(),
-        dv,
-        d_states,
-        d_initial_state,
+        v,
+        g,
+        beta,
+        A_log,
+        dt_bias,
+        cu,
+        order,
+        initial_state,
+        tokens_first(o),
+        W,
+        states,
+        final_state,
         scale,
-        ratio,
+        2.0 if neg else 1.0,
+        heads // groups,
     )
-    dq, dk = (torch.empty(tokens, groups, key_dim, dtype=q.dtype, device=q.device) for _ in range(2))
-    dg, dbeta = (gates.new_empty(tokens, heads) for _ in range(2))
-    workers = torch.cuda.get_device_properties(q.device).multi_processor_count
-    kernel(keys["gradients"])(
-        q, k, do, W, dv, every, d_states, gates, norms, cu_seqlens, dq, dk, dg, dbeta, scale, steps, ratio, workers
-    )
-    dA_log, ddt_bias = gates.new_empty(0), gates.new_empty(0)
-    if gate:
-        before = g.float() if dt_bias is None else g.float() + dt_bias.float()
-        rate = -A_log.float().exp()
-        dA_log = (dg * rate * F.softplus(before)).sum(0)
-        dg = dg * rate * before.sigmoid()
-        ddt_bias = dg.sum(0)
-    if sigmoid:
-        part_of_one = beta.float().sigmoid()
-        dbeta = dbeta * part_of_one * (1 - part_of_one) * (2.0 if neg else 1.0)
-    return dq, dk, dv, dg.to(g.dtype), dbeta.to(beta.dtype), dA_log, ddt_bias, d_initial_state
+    return o, final_state, W, states, (cu.new_empty(0) if cu_seqlens is None else order)
 
 
-@_backward.register_fake
-def _(
+def _outputs(q, k, v, cu_seqlens, output_final_state, keep):
+    """o, final states, W, kept states"""
+    (batch, tokens, heads, value_dim), key_dim = v.shape, k.shape[3]
+    documents = _documents(q, cu_seqlens)
+    _, kept = _sizes(batch * tokens, documents)
+    return (
+        q.new_empty(v.shape),
+        q.new_empty(documents if output_final_state else 0, heads, key_dim, value_dim, dtype=torch.float32),
+        q.new_empty(batch * tokens if keep else 0, heads, value_dim),
+        q.new_empty(kept if keep else 0, heads, value_dim, key_dim),
+    )
+
+
+def _forward_fake(
+    q,
+    k,
+    v,
+    g,
+    beta,
+    cu_seqlens,
+    A_log,
+    dt_bias,
+    initial_state,
+    scale,
+    output_final_state,
+    l2norm,
+    gate,
+    sigmoid,
+    neg,
+    keep,
+):
+    order = q.new_empty(0 if cu_seqlens is None else _documents(q, cu_seqlens), dtype=torch.int32)
+    return *_outputs(q, k, v, cu_seqlens, output_final_state, keep), order
+
+
+def _backward(
     q,
     k,
     g,
@@ -305,6 +256,106 @@ def _(
     do,
     d_final_state,
     cu_seqlens,
+    order,
+    A_log,
+    dt_bias,
+    with_initial_state,
+    scale,
+    l2norm,
+    gate,
+    sigmoid,
+    neg,
+):
+    """Returns dq, dk, dv, dg, dbeta (of the raw inputs), those of A_log and dt_bias as one [2, Hv], d_initial_state."""
+    documents, shape = _documents(q, cu_seqlens), q.shape[:2]
+    part = _part(documents * W.shape[1], W.shape[2], q.device)
+    launch = _launchers(k.shape[3], W.shape[2], q.dtype, l2norm, gate, sigmoid, g.dtype, beta.dtype, True, part)
+    if cu_seqlens is None:
+        cu_seqlens, order = _boundaries(launch, q, None)
+    q, k, do, g, beta = tiles(q), tiles(k), tiles(do), rows(g), rows(beta)
+    (tokens, groups, key_dim), (heads, value_dim) = k.shape, W.shape[1:]
+    slots, _ = _sizes(tokens, documents)
+    ratio = heads // groups
+    A_log, dt_bias = _gate_parameters(A_log, dt_bias, heads, q.device)
+    gates = torch.empty(slots, heads, 2, CHUNK, device=q.device)
+    norms = torch.empty(slots, groups, 2, CHUNK, device=q.device)
+    d_states = q.new_empty(slots, heads, value_dim, key_dim)
+    dv = torch.empty_like(W)
+    d_initial_state = gates.new_empty(documents if with_initial_state else 0, heads, key_dim, value_dim)
+    if d_final_state is None:
+        d_final_state = gates.new_empty(0, heads, key_dim, value_dim)
+    launch["reverse"](
+        q,
+        k,
+        do,
+        g,
+        beta,
+        A_log,
+        dt_bias,
+        cu_seqlens,
+        order,
+        d_final_state.contiguous(),
+        dv,
+        d_states,
+        d_initial_state,
+        gates,
+        norms,
+        scale,
+        2.0 if neg else 1.0,
+        ratio,
+    )
+    dq, dk = (torch.empty(tokens, groups, key_dim, dtype=q.dtype, device=q.device) for _ in range(2))
+    dg, dbeta = (gates.new_empty(tokens, heads) for _ in range(2))
+    workers = _multiprocessors(q.device)
+    scratch = q.new_empty(workers, ratio, value_parts(value_dim) * PART, key_dim)
+    launch["gradients"](
+        q,
+        k,
+        do,
+        W,
+        dv,
+        states,
+        d_states,
+        gates,
+        norms,
+        cu_seqlens,
+        scratch,
+        dq,
+        dk,
+        dg,
+        dbeta,
+        scale,
+        _steps(documents),
+        ratio,
+        workers,
+    )
+    dg, dbeta, d_parameters = _of_raw_gates(launch, dg, dbeta, g, beta, A_log, dt_bias, gate, neg)
+    whole = (x.view(*shape, *x.shape[1:]) for x in (dq, dk, dv, dg, dbeta))  # [B, T, ...]
+    return *whole, d_parameters, d_initial_state
+
+
+def _of_raw_gates(launch, dg, dbeta, g, beta, A_log, dt_bias, gate, neg):
+    """From dg and dbeta, float32: those of the raw inputs in the inputs' dtypes, and of A_log and dt_bias [2, Hv]."""
+    if "gate_gradients" not in launch:
+        return dg.to(g.dtype), dbeta.to(beta.dtype), dg.new_empty(0, dg.shape[1])
+    tokens, heads = dg.shape
+    dg_raw, dbeta_raw = g.new_empty(g.shape), beta.new_empty(beta.shape)
+    sums = dg.new_empty(2, -(-tokens // GATE_TOKENS), heads)
+    launch["gate_gradients"](dg, dbeta, g, beta, A_log, dt_bias, dg_raw, dbeta_raw, sums, 2.0 if neg else 1.0)
+    return dg_raw, dbeta_raw, sums.sum(1) if gate else dg.new_empty(0, heads)
+
+
+def _backward_fake(
+    q,
+    k,
+    g,
+    beta,
+    W,
+    states,
+    do,
+    d_final_state,
+    cu_seqlens,
+    order,
     A_log,
     dt_bias,
     with_initial_state,
@@ -315,50 +366,107 @@ def _(
     neg,
 ):
     heads, value_dim = W.shape[1:]
-    documents = cu_seqlens.numel() - 1
-    per_head = q.new_empty(heads if gate else 0, dtype=torch.float32)
     return (
         q.new_empty(q.shape),
         q.new_empty(k.shape),
-        torch.empty_like(W),
+        q.new_empty(do.shape),
         g.new_empty(g.shape),
         beta.new_empty(beta.shape),
-        per_head,
-        torch.empty_like(per_head),
-        q.new_empty(documents if with_initial_state else 0, heads, k.shape[2], value_dim, dtype=torch.float32),
+        q.new_empty(2 if gate else 0, heads, dtype=torch.float32),
+        q.new_empty(
+            _documents(q, cu_seqlens) if with_initial_state else 0, heads, k.shape[3], value_dim, dtype=torch.float32
+        ),
     )
 
 
-def _setup_context(ctx, inputs, output):
-    q, k, _, g, beta, cu_seqlens, A_log, dt_bias, initial_state, scale, output_final_state, *options, _ = inputs
-    _, _, W, states = output
-    ctx.save_for_backward(q, k, g, beta, W, states, cu_seqlens, A_log, dt_bias)
-    ctx.with_initial_state = initial_state is not None
-    ctx.with_final_state = output_final_state
-    ctx.scale, ctx.options = scale, options
-    ctx.set_materialize_grads(False)
+_library = torch.library.Library("qlakernels", "FRAGMENT")
+_library.define(
+    "gated_delta_rule(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? cu_seqlens, Tensor? A_log, "
+    "Tensor? dt_bias, Tensor? initial_state, float scale, bool output_final_state, bool l2norm, "
+    "bool gate, bool sigmoid, bool neg, bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_library.define(
+    "gated_delta_rule_backward(Tensor q, Tensor k, Tensor g, Tensor beta, Tensor W, Tensor states, Tensor do, "
+    "Tensor? d_final_state, Tensor? cu_seqlens, Tensor order, Tensor? A_log, Tensor? dt_bias, "
+    "bool with_initial_state, float scale, bool l2norm, bool gate, bool sigmoid, bool neg) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_forward_op = torch.ops.qlakernels.gated_delta_rule.default
+_backward_op = torch.ops.qlakernels.gated_delta_rule_backward.default
 
 
-def _gradients(ctx, do, d_final_state, dW, d_kept):
-    q, k, g, beta, W, states, cu_seqlens, A_log, dt_bias = ctx.saved_tensors
-    if do is None:
-        do = torch.zeros_like(W)
-    dq, dk, dv, dg, dbeta, dA_log, ddt_bias, d_initial_state = _backward(
-        q, k, g, beta, W, states, do, d_final_state if ctx.with_final_state else None, cu_seqlens, A_log, dt_bias,
-        ctx.with_initial_state, ctx.scale, *ctx.options,
-    )  # fmt: skip
-    return (
-        dq,
-        dk,
-        dv,
-        dg,
-        dbeta,
-        None,
-        dA_log.to(A_log.dtype) if A_log is not None else None,
-        ddt_bias.to(dt_bias.dtype) if dt_bias is not None else None,
-        d_initial_state if ctx.with_initial_state else None,
-        *[None] * 7,
-    )
+class _GatedDeltaRule(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, keyset, *inputs):
+        output = _below_autograd(keyset, *inputs)
+        q, k, _, g, beta, cu_seqlens, A_log, dt_bias, initial_state, scale, final, *options, _ = inputs
+        _, _, W, states, order = output
+        ctx.save_for_backward(q, k, g, beta, W, states, cu_seqlens, order, A_log, dt_bias)
+        ctx.mark_non_differentiable(W, states, order)
+        ctx.set_materialize_grads(False)
+        ctx.with_initial_state, ctx.with_final_state = initial_state is not None, final
+        ctx.scale, ctx.options = scale, options
+        return output
+
+    @staticmethod
+    def backward(ctx, do, d_final_state, *_):
+        q, k, g, beta, W, states, cu_seqlens, order, A_log, dt_bias = ctx.saved_tensors
+        if do is None:
+            do = torch.zeros_like(W).unflatten(0, q.shape[:2])
+        dq, dk, dv, dg, dbeta, d_parameters, d_initial_state = _backward_op(
+            q, k, g, beta, W, states, do, d_final_state if ctx.with_final_state else None, cu_seqlens, order,
+            A_log, dt_bias, ctx.with_initial_state, ctx.scale, *ctx.options,
+        )  # fmt: skip
+        return (
+            None,
+            dq,
+            dk,
+            dv,
+            dg,
+            dbeta,
+            None,
+            d_parameters[0].to(A_log.dtype) if A_log is not None else None,
+            d_parameters[1].to(dt_bias.dtype) if dt_bias is not None else None,
+            d_initial_state if ctx.with_initial_state else None,
+            *[None] * 7,
+        )
 
 
-_forward.register_autograd(_gradients, setup_context=_setup_context)
+def _below_autograd(keyset, *inputs):
+    with torch._C._AutoDispatchBelowAutograd():
+        return _forward_op.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
+
+
+def _autograd(keyset, *inputs):
+    """The last input says whether gradients are wanted."""
+    return _GatedDeltaRule.apply(keyset, *inputs) if inputs[-1] else _below_autograd(keyset, *inputs)
+
+
+def _backward_below_autograd(keyset, *inputs):
+    with torch._C._AutoDispatchBelowAutograd():
+        return _backward_op.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
+
+
+class _OfGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, keyset, *inputs):
+        return _backward_below_autograd(keyset, *inputs)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise NotImplementedError("the gated delta rule of the tilelang backend has no second gradients")
+
+
+def _autograd_of_gradients(keyset, *inputs):
+    return (_OfGradients.apply if torch.is_grad_enabled() else _backward_below_autograd)(keyset, *inputs)
+
+
+for _op, _impl, _fake, _differentiable in (
+    ("gated_delta_rule", _forward, _forward_fake, _autograd),
+    ("gated_delta_rule_backward", _backward, _backward_fake, _autograd_of_gradients),
+):
+    _library.impl(_op, _impl, "CompositeExplicitAutograd")
+    _library.impl(_op, _differentiable, "Autograd", with_keyset=True)
+    torch.library.register_fake(f"qlakernels::{_op}", _fake, lib=_library)

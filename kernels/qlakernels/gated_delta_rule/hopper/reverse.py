@@ -7,144 +7,198 @@ float32 registers; it needs neither S nor V (symbols as in `forward`; dO the gra
     Y = D + Nᵀ (β ∘ D)                 dV = β ∘ Y, written as round(β̄ ∘ Y)
     dS ← γ_C dS + Qᵀ (scale γχ ∘ dO) − Kᵀ (γκβ/β̄ ∘ round(β̄ ∘ Y))
 
-dS is written at the end of each chunk, before that chunk is taken back: `gradients` needs it there.
+dS is written at the end of each chunk, before that chunk is taken back: `gradients` needs it there, with the gates and
+the lengths of q and k, which are written too.
 
-Held transposed and shared out between warps as in `forward`; q, dO and P have one stage.
-Registers of a consumer: dS 64, its rounded copy 32, D 32, dO 16, an operand 16, the output 16: about 190 of 216.
-Shared memory (K = 128): k 32, q 16, dO 8, N 16, P 8, dV 8, dS 16, vectors 3: 107 KB.
+Held transposed and shared out between warpgroups as in `forward`: consumers, an auxiliary that makes N a chunk ahead,
+a producer. Registers of a consumer: dS 64, its rounded copy 32, D 32, P 16 or 32, dO 16, two operands 16 each.
+Shared memory (K = V = 128): q and k 96, dO 16, N and P 32, dS 32, dV 16, the solve 24, vectors 9: 225 KB.
 """
 
 import tilelang.language as T
 from tilelang.layout import make_full_bank_swizzled_layout
 
+from qlakernels.gated_delta_rule.hopper.chunk import (
+    BAR,
+    BETA,
+    BLOCK,
+    GAMMA,
+    INTO_STATE,
+    LOG2,
+    OUTPUT,
+    RHO_KAPPA,
+    RIGHT_L,
+    ROW_P,
+    VECTORS,
+    cut,
+    make_N,
+    make_vectors,
+    weigh,
+)
 from qlakernels.gated_delta_rule.hopper.common import (
-    BETA_MIN,
     CHUNK,
-    LOG2E,
+    PRELUDE,
+    arrive,
     load_tail,
     load_tail_of,
+    release_tiles,
     transposed_accumulator,
+    wait,
 )
-
-STAGES = 2
-VECTORS = 6
-RHO_KAPPA, BETA, BETA_BAR, OUTPUT, INTO_STATE, GAMMA = range(VECTORS)
+from qlakernels.gated_delta_rule.hopper.forward import PLACES, REGISTERS, STAGES
 
 
-def reverse_kernel(key_dim, value_dim, dtype):
+def reverse_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_dtype, beta_dtype):
+    """`part`: rows of V a block takes, 64 or 128."""
     C = CHUNK
     K, V = key_dim, value_dim
-    part = 64
-    consumers = 128
+    consumers = 2 * part
+    registers, auxiliary_registers, producer_registers = REGISTERS[part // 64]
+    rows_first = T.GemmWarpPolicy.FullRow
+    columns_first = T.GemmWarpPolicy.FullCol
     tokens, heads, groups = T.dynamic("tokens"), T.dynamic("heads"), T.dynamic("groups")
     slots, documents, starts, ends = (T.dynamic(x) for x in ("slots", "documents", "starts", "ends"))
     q_token, q_head = T.dynamic("q_token"), T.dynamic("q_head")
     k_token, k_head = T.dynamic("k_token"), T.dynamic("k_head")
     o_token, o_head = T.dynamic("o_token"), T.dynamic("o_head")
+    g_token, b_token = T.dynamic("g_token"), T.dynamic("b_token")
 
     @T.prim_func
     def reverse(
         q: T.StridedTensor((tokens, groups, K), (q_token, q_head, 1), dtype),
         k: T.StridedTensor((tokens, groups, K), (k_token, k_head, 1), dtype),
         do: T.StridedTensor((tokens, heads, V), (o_token, o_head, 1), dtype),
-        N: T.Tensor((slots, heads, C, C), dtype),
-        P: T.Tensor((slots, heads, C, C), dtype),
-        gates: T.Tensor((slots, heads, 2, C), "float32"),
-        norms: T.Tensor((slots, groups, 2, C), "float32"),
+        g: T.StridedTensor((tokens, heads), (g_token, 1), raw_dtype),
+        beta: T.StridedTensor((tokens, heads), (b_token, 1), beta_dtype),
+        A_log: T.Tensor((heads,), "float32"),
+        dt_bias: T.Tensor((heads,), "float32"),
         cu_seqlens: T.Tensor((documents + 1,), "int32"),
+        order: T.Tensor((documents,), "int32"),
         d_final_state: T.Tensor((ends, heads, K, V), "float32"),
         dv: T.Tensor((tokens, heads, V), dtype),
         d_states: T.Tensor((slots, heads, V, K), dtype),
         d_initial_state: T.Tensor((starts, heads, K, V), "float32"),
+        gates: T.Tensor((slots, heads, 2, C), "float32"),
+        norms: T.Tensor((slots, groups, 2, C), "float32"),
         scale: T.float32,
+        beta_factor: T.float32,
         ratio: T.int32,
     ):
-        with T.Kernel(T.ceildiv(V, part), heads, documents, threads=consumers + 128) as (p, head, document):
-            q_s = T.alloc_shared((C, K), dtype)
+        with T.Kernel(T.ceildiv(V, part), heads, documents, threads=consumers + 256) as (p, head, turn):
+            T.import_source(PRELUDE)
+            q_s = T.alloc_shared((STAGES, C, K), dtype)
             k_s = T.alloc_shared((STAGES, C, K), dtype)
+            N_s = T.alloc_shared((PLACES, C, C), dtype)
+            P_s = T.alloc_shared((PLACES, C, C), dtype)
             do_s = T.alloc_shared((C, part), dtype)
-            N_s = T.alloc_shared((STAGES, C, C), dtype)
-            P_s = T.alloc_shared((C, C), dtype)
-            vec = T.alloc_shared((STAGES, VECTORS, C), "float32")
             dv_s = T.alloc_shared((C, part), dtype)
             dS_s = T.alloc_shared((part, K), dtype)
+            vec = T.alloc_shared((STAGES, VECTORS, C), "float32")
+            L_s = T.alloc_shared((C, C + 8), "float16")
+            inner_s = T.alloc_shared((C, C + 8), "float16")
+            block_s = T.alloc_shared((C // BLOCK, BLOCK, BLOCK + 4), "float32")
+
             dS = T.alloc_fragment((part, K), "float32")
             dS_r = T.alloc_fragment((part, K), dtype)
             D = T.alloc_fragment((part, C), "float32")
             left = T.alloc_fragment((part, C), dtype)
+            from_q = T.alloc_fragment((part, C), dtype)
             do_f = T.alloc_fragment((C, part), dtype)
             dv_f = T.alloc_fragment((C, part), dtype)
-            full = T.alloc_barrier([96] * STAGES)
-            empty = T.alloc_barrier([consumers] * STAGES)
-            q_full, q_empty = T.alloc_barrier([32]), T.alloc_barrier([consumers])
-            P_full, P_empty = T.alloc_barrier([32]), T.alloc_barrier([consumers])
-            T.annotate_min_blocks_per_sm(2)
+            Pf = T.alloc_fragment((C, C), "float32")
+            kk = T.alloc_fragment((C, C), "float32")
+            a, b, c_ = (T.alloc_local((8,), "float16") for _ in range(3))
+            out, column = T.alloc_local((16,), "float32"), T.alloc_local((BLOCK,), "float32")
+            sums, other = T.alloc_local((2,), "float32"), T.alloc_local((1,), "float32")
+            a_, b_ = T.alloc_local((8,), dtype), T.alloc_local((8,), dtype)
+
+            tiles_full = T.alloc_barrier([32] * STAGES)
+            tiles_empty = T.alloc_barrier([consumers] * STAGES)
+            do_full, do_empty = T.alloc_barrier([32]), T.alloc_barrier([consumers])
+            vec_full = T.alloc_barrier([64] * STAGES)
+            made_full, made_empty = T.alloc_barrier([128] * PLACES), T.alloc_barrier([consumers] * PLACES)
+            P_full = T.alloc_barrier([consumers] * PLACES)
             T.annotate_layout(
-                {
-                    do_f: transposed_accumulator(part),
-                    dv_f: transposed_accumulator(part),
-                    do_s: make_full_bank_swizzled_layout(do_s),
-                    dv_s: make_full_bank_swizzled_layout(dv_s),
-                }
+                {f: transposed_accumulator(part) for f in (do_f, dv_f)}
+                | {x: make_full_bank_swizzled_layout(x) for x in (do_s, dv_s)}
             )
             thread = T.get_thread_binding()
+            document = T.alloc_var("int32")
+            document = order[turn]
             group = T.alloc_var("int32")
             group = head // ratio
             start = T.alloc_var("int32")
             length = T.alloc_var("int32")
             start = cu_seqlens[document]
             length = cu_seqlens[document + 1] - start
-            slot = T.alloc_var("int32")
-            slot = start // C + document
             chunks = T.alloc_var("int32")
             chunks = T.ceildiv(length, C)
-            columns = p * part
+            slot = T.alloc_var("int32")
+            slot = start // C + document
 
             if thread < consumers:
-                T.set_max_nreg(216, 1)
+                T.set_max_nreg(registers, 1)
+                columns = p * part
                 if ends > 0:
                     for i, j in T.Parallel(part, K):
                         dS[i, j] = d_final_state[document, head, j, columns + i]
                 else:
                     T.clear(dS)
                 for step in T.serial(chunks):
+                    stage = step % STAGES
                     c = chunks - 1 - step
                     T.copy(dS, dS_r)
                     T.tma_store_wait(0)
-                    T.sync_threads(1, consumers)
+                    T.sync_threads(1, consumers)  # the outputs of the chunk before have left dS_s and dv_s
                     T.copy(dS_r, dS_s)
-                    T.fence_proxy_async()
-                    T.barrier_wait(full[step % STAGES], step // STAGES % 2)
-                    T.gemm(dS_r, k_s[step % STAGES, :, :], D, transpose_B=True, clear_accum=True)
-                    T.barrier_wait(P_full[0], step % 2)
+                    wait(tiles_full, stage, step // STAGES % 2)
+                    T.wgmma_gemm(
+                        q_s[stage, :, :], k_s[stage, :, :], Pf, transpose_B=True, clear_accum=True, policy=columns_first
+                    )
+                    T.wgmma_gemm(dS_r, k_s[stage, :, :], D, transpose_B=True, clear_accum=True, policy=rows_first)
+                    wait(vec_full, stage, step // STAGES % 2)
+                    T.wait_wgmma(1)
+                    T.warpgroup_fence_operand(Pf, num_regs=C * C // consumers)
+                    for i, j in T.Parallel(C, C):
+                        Pf[i, j] *= vec[stage, ROW_P, i]
+                    weigh(Pf, vec, stage, LOG2, RIGHT_L)
+                    cut(Pf, C * C // consumers, False)
+                    T.copy(Pf, P_s[step % PLACES, :, :])
+                    release_tiles()
+                    arrive(P_full, step % PLACES)
+                    wait(do_full, 0, step % 2)
                     T.copy(do_s, do_f)
                     for i, j in T.Parallel(part, C):
-                        D[i, j] *= vec[step % STAGES, RHO_KAPPA, j]
-                    for i, j in T.Parallel(part, C):
                         left[i, j] = do_f[j, i]
-                    T.gemm(left, P_s, D)
-                    T.fence_proxy_async()
-                    T.barrier_arrive(P_empty[0])
-                    gamma = T.alloc_var("float32")
-                    gamma = vec[step % STAGES, GAMMA, C - 1]
+                    for i, j in T.Parallel(part, C):
+                        from_q[i, j] = T.cast(do_f[j, i], "float32") * vec[stage, OUTPUT, j]
+                    release_tiles()
+                    arrive(do_empty, 0)
+                    T.wait_wgmma(0)
+                    T.warpgroup_fence_operand(D, num_regs=32)
+                    for i, j in T.Parallel(part, C):
+                        D[i, j] *= vec[stage, RHO_KAPPA, j]
                     for i, j in T.Parallel(part, K):
-                        dS[i, j] *= gamma
+                        dS[i, j] *= vec[stage, GAMMA, C - 1]
+                    wait(P_full, step % PLACES, step // PLACES % 2)
+                    T.wgmma_gemm(left, P_s[step % PLACES, :, :], D, policy=rows_first)
+                    T.wgmma_gemm(from_q, q_s[stage, :, :], dS, policy=rows_first)
+                    wait(made_full, step % PLACES, step // PLACES % 2)
+                    T.wait_wgmma(1)
+                    T.warpgroup_fence_operand(D, num_regs=32)
                     for i, j in T.Parallel(part, C):
-                        left[i, j] = T.cast(do_f[j, i], "float32") * vec[step % STAGES, OUTPUT, j]
-                    T.barrier_wait(q_full[0], step % 2)
-                    T.gemm(left, q_s, dS)
-                    T.barrier_arrive(q_empty[0])
+                        left[i, j] = D[i, j] * vec[stage, BETA, j]
+                    T.wgmma_gemm(left, N_s[step % PLACES, :, :], D, policy=rows_first)
+                    T.wait_wgmma(0)
+                    T.warpgroup_fence_operand(D, num_regs=32)
+                    arrive(made_empty, step % PLACES)
                     for i, j in T.Parallel(part, C):
-                        left[i, j] = D[i, j] * vec[step % STAGES, BETA, j]
-                    T.gemm(left, N_s[step % STAGES, :, :], D)
+                        dv_f[j, i] = D[i, j] * vec[stage, BAR, j]
                     for i, j in T.Parallel(part, C):
-                        dv_f[j, i] = D[i, j] * vec[step % STAGES, BETA_BAR, j]
-                    for i, j in T.Parallel(part, C):
-                        left[i, j] = T.cast(dv_f[j, i], "float32") * vec[step % STAGES, INTO_STATE, j]
-                    T.gemm(left, k_s[step % STAGES, :, :], dS)
-                    T.barrier_arrive(empty[step % STAGES])
+                        left[i, j] = T.cast(dv_f[j, i], "float32") * vec[stage, INTO_STATE, j]
+                    T.wgmma_gemm(left, k_s[stage, :, :], dS, policy=rows_first)
                     T.copy(dv_f, dv_s)
-                    T.fence_proxy_async()
+                    release_tiles()
                     T.sync_threads(1, consumers)
                     T.tma_copy(dS_s, d_states[slot + c, head, columns : columns + part, :])
                     first = start + c * C
@@ -154,61 +208,59 @@ def reverse_kernel(key_dim, value_dim, dtype):
                         for i, j in T.Parallel(C, part):
                             if c * C + i < length and columns + j < V:
                                 dv[first + i, head, columns + j] = dv_s[i, j]
+                    T.wait_wgmma(0)
+                    T.warpgroup_fence_operand(dS, num_regs=K // 2)
+                    arrive(tiles_empty, stage)
                 if starts > 0:
                     for i, j in T.Parallel(part, K):
                         d_initial_state[document, head, j, columns + i] = dS[i, j]
                 T.tma_store_wait(0)
+            elif thread < consumers + 128:
+                T.set_max_nreg(auxiliary_registers, 0)
+                for step in T.serial(chunks):
+                    stage = step % STAGES
+                    wait(tiles_full, stage, step // STAGES % 2)
+                    wait(vec_full, stage, step // STAGES % 2)
+                    make_N(
+                        thread - consumers, 7, k_s, vec, stage, N_s, step % PLACES, L_s, inner_s, block_s, kk, a, b, c_,
+                        out, column, made_empty, (step // PLACES + 1) % 2, False,
+                    )  # fmt: skip
+                    arrive(made_full, step % PLACES)
             else:
-                T.set_max_nreg(40, 0)
-                if thread < consumers + 32:
+                T.set_max_nreg(producer_registers, 0)
+                if thread < consumers + 160:
                     for step in T.serial(chunks):
+                        stage = step % STAGES
                         c = chunks - 1 - step
-                        T.barrier_wait(empty[step % STAGES], (step // STAGES + 1) % 2)
+                        wait(tiles_empty, stage, (step // STAGES + 1) % 2)
                         first = start + c * C
                         left_rows = length - c * C
                         if left_rows >= C:
-                            T.tma_copy(
-                                k[first : first + C, group, :], k_s[step % STAGES, :, :], barrier=full[step % STAGES]
-                            )
+                            T.tma_copy(k[first : first + C, group, :], k_s[stage, :, :], barrier=tiles_full[stage])
+                            T.tma_copy(q[first : first + C, group, :], q_s[stage, :, :], barrier=tiles_full[stage])
                         else:
-                            load_tail(k_s, step % STAGES, k, first, group, 0, left_rows, K)
-                            T.fence_proxy_async()
-                        T.tma_copy(N[slot + c, head, :, :], N_s[step % STAGES, :, :], barrier=full[step % STAGES])
-                        T.barrier_arrive(full[step % STAGES])
-                        T.barrier_wait(P_empty[0], (step + 1) % 2)
+                            load_tail(k_s, stage, k, first, group, 0, left_rows, K)
+                            load_tail(q_s, stage, q, first, group, 0, left_rows, K)
+                            release_tiles()
+                        arrive(tiles_full, stage)
+                        wait(do_empty, 0, (step + 1) % 2)
+                        columns = p * part
                         if left_rows >= C:
-                            T.tma_copy(do[first : first + C, head, columns : columns + part], do_s, barrier=P_full[0])
+                            T.tma_copy(do[first : first + C, head, columns : columns + part], do_s, barrier=do_full[0])
                         else:
                             load_tail_of(do_s, do, first, head, columns, left_rows, part)
-                            T.fence_proxy_async()
-                        T.tma_copy(P[slot + c, head, :, :], P_s, barrier=P_full[0])
-                        T.barrier_arrive(P_full[0])
-                        T.barrier_wait(q_empty[0], (step + 1) % 2)
-                        if left_rows >= C:
-                            T.tma_copy(q[first : first + C, group, :], q_s, barrier=q_full[0])
-                        else:
-                            load_tail_of(q_s, q, first, group, 0, left_rows, K)
-                            T.fence_proxy_async()
-                        T.barrier_arrive(q_full[0])
-                elif thread < consumers + 96:
-                    i = thread - consumers - 32
+                            release_tiles()
+                        arrive(do_full, 0)
+                elif thread >= consumers + 192:
                     for step in T.serial(chunks):
+                        stage = step % STAGES
                         c = chunks - 1 - step
-                        T.barrier_wait(empty[step % STAGES], (step // STAGES + 1) % 2)
-                        total = gates[slot + c, head, 0, i]
-                        beta = gates[slot + c, head, 1, i]
-                        chi = norms[slot + c, group, 0, i]
-                        kappa = norms[slot + c, group, 1, i]
-                        gamma_i = T.exp2(total * LOG2E)
-                        bar = T.max(beta, BETA_MIN[dtype])
-                        vec[step % STAGES, RHO_KAPPA, i] = (
-                            T.exp2((gates[slot + c, head, 0, C - 1] - total) * LOG2E) * kappa
-                        )
-                        vec[step % STAGES, GAMMA, i] = gamma_i
-                        vec[step % STAGES, BETA, i] = beta
-                        vec[step % STAGES, BETA_BAR, i] = bar
-                        vec[step % STAGES, OUTPUT, i] = scale * gamma_i * chi
-                        vec[step % STAGES, INTO_STATE, i] = -gamma_i * kappa * beta / bar
-                        T.barrier_arrive(full[step % STAGES])
+                        wait(tiles_empty, stage, (step // STAGES + 1) % 2)
+                        make_vectors(
+                            vec, stage, thread - consumers - 192, q_s, k_s, tiles_full, step // STAGES % 2, g, beta,
+                            A_log, dt_bias, start + c * C, length - c * C, head, scale, beta_factor, sums, other, a_, b_,
+                            out, K, dtype, l2norm, gate, sigmoid, True, gates, norms, slot + c, group, p, ratio,
+                        )  # fmt: skip
+                        arrive(vec_full, stage)
 
     return reverse
