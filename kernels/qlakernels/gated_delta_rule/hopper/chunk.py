@@ -8,11 +8,11 @@ lengths of q and k (1 without L2 normalisation):
 
 N is strictly lower triangular and regular at β = 0. It is solved in blocks of 16, warp I with the rows of block I:
 
-    N_II     row by row in float32, a thread a column
+    N_II     its blocks of 8 row by row in float32, a thread a column; what is between them as below
     N_IJ     for the pairs (1, 0) and (3, 2): N_IJ = −(I + N_II β_I) L_IJ (I + β_J N_JJ)
     N_IJ     for I in {2, 3}, J in {0, 1}: the same with the blocks of 32 that are known by now
 
-in tensor-core products of 16×16 blocks. Their operands are rounded to float16: entries of N stay within 1 for unit keys
+in tensor-core products of 16×16 blocks, as N₂₁ = −(I + N₂₂ β₂) L₂₁ (I + β₁ N₁₁). Their operands are rounded to float16: entries of N stay within 1 for unit keys
 and β ≤ 2, and bfloat16 would double the error where keys repeat.
 
 `make_vectors` is run by two warps, a thread a token; `make_N` by a warpgroup of its own, a chunk ahead of the state;
@@ -42,57 +42,78 @@ ABBREVIATION = {"bfloat16": "bf16", "float16": "fp16"}
 
 
 @T.macro
-def square_rows(vec, stage, into, tile, top, lane, a, b, sums, key_dim, dtype):
-    """vec[stage, into, top : top + 16] ← the sums of squares of 16 rows of tile[stage], by a warp.
+def square_rows(vec, stage, q_s, q_stage, k_s, top, lane, a, b, sums, key_dim, dtype):
+    """vec[stage, ROW_P and GAMMA_KAPPA] ← the sums of squares of the 16 rows of q and k from `top` on, by a warp.
 
     They are the diagonal of a product: columns 0 to 7 of its upper half, 8 to 15 of its lower one.
     """
-    for x in T.unroll(8):
+    for x in T.unroll(16):
         sums[x] = 0.0
     for step in T.serial(key_dim // BLOCK):
-        T.ptx_ldmatrix(
-            T.bool(False),
-            4,
-            T.access_ptr(tile[stage, top + lane % 16, step * BLOCK + lane // 16 * 8], "r", extent=8),
-            T.access_ptr(a[0], "w", extent=8),
-        )
-        for x in T.unroll(8):  # the same rows as columns: [0 1 4 5] and [2 3 6 7]
-            b[x] = a[x // 4 * 2 + x % 4 // 2 * 4 + x % 2]
-        for half in T.unroll(2):
-            T.ptx_mma(
-                "float32", "m16n8k16", "row", "col", ABBREVIATION[dtype], ABBREVIATION[dtype], "fp32",
-                a.data, 0, b.data, half * 4, sums.data, half * 4, T.bool(False),
-            )  # fmt: skip
+        for of_k in T.unroll(2):
+            if of_k == 0:
+                T.ptx_ldmatrix(
+                    T.bool(False),
+                    4,
+                    T.access_ptr(q_s[q_stage, top + lane % 16, step * BLOCK + lane // 16 * 8], "r", extent=8),
+                    T.access_ptr(a[0], "w", extent=8),
+                )
+            else:
+                T.ptx_ldmatrix(
+                    T.bool(False),
+                    4,
+                    T.access_ptr(k_s[stage, top + lane % 16, step * BLOCK + lane // 16 * 8], "r", extent=8),
+                    T.access_ptr(a[8], "w", extent=8),
+                )
+        for of_k in T.unroll(2):
+            for x in T.unroll(8):  # the same rows as columns: [0 1 4 5] and [2 3 6 7]
+                b[of_k * 8 + x] = a[of_k * 8 + x // 4 * 2 + x % 4 // 2 * 4 + x % 2]
+            for half in T.unroll(2):
+                T.ptx_mma(
+                    "float32", "m16n8k16", "row", "col", ABBREVIATION[dtype], ABBREVIATION[dtype], "fp32",
+                    a.data, of_k * 8, b.data, of_k * 8 + half * 4, sums.data, of_k * 8 + half * 4, T.bool(False),
+                )  # fmt: skip
     for e in T.unroll(2):
         if lane // 4 == lane % 4 * 2 + e:
-            vec[stage, into, top + lane // 4] = sums[e]
-            vec[stage, into, top + 8 + lane // 4] = sums[6 + e]
+            vec[stage, ROW_P, top + lane // 4] = sums[e]
+            vec[stage, ROW_P, top + 8 + lane // 4] = sums[6 + e]
+            vec[stage, GAMMA_KAPPA, top + lane // 4] = sums[8 + e]
+            vec[stage, GAMMA_KAPPA, top + 8 + lane // 4] = sums[14 + e]
+
+
+@T.macro
+def load_gates(raw, g, beta, first, size, head, i):
+    """raw [3] ← two gates and a step size of the chunk at token `first`, 0 for tokens that do not exist.
+
+    Both warps that make vectors read all 64 gates, two a thread, so that their sum needs no exchange between them.
+    Called a chunk ahead: the loads are on their way while the chunk before is worked on.
+    """
+    for half in T.unroll(2):
+        raw[half] = T.if_then_else(
+            half * 32 + i % 32 < size, T.cast(g[first + half * 32 + i % 32, head], "float32"), 0.0
+        )
+    raw[2] = T.if_then_else(i < size, T.cast(beta[first + i, head], "float32"), 0.0)
 
 
 @T.macro
 def make_vectors(
-    vec, stage, i, q_s, k_s, tiles_full, parity, g, beta, A_log, dt_bias, first, size, head, scale,
-    beta_factor, sums, other, a, b, products, key_dim, dtype, l2norm, gate, sigmoid, reverse, gates, norms, slot, group, p, ratio,
+    vec, stage, i, q_s, q_stage, k_s, raw, rate, bias, size, scale, beta_factor, sums, other, a, b, products,
+    key_dim, dtype, l2norm, gate, sigmoid, reverse, gates, norms, slot, head, group, p, ratio,
 ):  # fmt: skip
-    """vec[stage] ← the vectors of the chunk at token `first`, of which `size` tokens exist; i: this thread's token.
+    """vec[stage] ← the vectors of a chunk, of which `size` tokens exist; i: this thread's token. Run by two warps.
 
-    Run by two warps. The gates are read before the wait for the chunk's q and k.
-    `reverse`: as the reverse scan needs them; the first part of V, p = 0, writes gates and norms for `gradients` as well.
+    raw: see `load_gates`. rate, bias: −exp(A_log) and dt_bias of the head. `reverse`: as the reverse scan needs them;
+    the first part of V, p = 0, writes gates and norms for `gradients` as well.
     """
     lane = i % 32
-    # both warps read all 64 gates, two a thread: the sum over the chunk needs no exchange between them
     for half in T.unroll(2):
-        token = half * 32 + lane
-        x = T.if_then_else(token < size, T.cast(g[first + token, head], "float32"), 0.0)
         if gate:
-            y = x + dt_bias[head]
+            y = sums[half] + bias
             # softplus, without overflow and without loss where it is small
             soft = T.max(y, 0.0) + T.log1p(T.exp(-T.abs(y)))
-            sums[half] = T.if_then_else(token < size, -T.exp(A_log[head]) * soft, 0.0)
-        else:
-            sums[half] = x
+            sums[half] = T.if_then_else(half * 32 + lane < size, rate * soft, 0.0)
     step_size = T.alloc_var("float32")
-    step_size = T.if_then_else(i < size, T.cast(beta[first + i, head], "float32"), 0.0)
+    step_size = sums[2]
     if sigmoid:
         step_size = T.if_then_else(i < size, beta_factor / (1.0 + T.exp(-step_size)), 0.0)
     for half in T.unroll(2):
@@ -110,11 +131,9 @@ def make_vectors(
     rho = exp2(whole - log2)
     chi = T.alloc_var("float32", init=1.0)
     kappa = T.alloc_var("float32", init=1.0)
-    wait(tiles_full, stage, parity)
     if l2norm:
         for half in T.serial(2):
-            square_rows(vec, stage, ROW_P, q_s, i // 32 * 32 + half * BLOCK, lane, a, b, products, key_dim, dtype)
-            square_rows(vec, stage, GAMMA_KAPPA, k_s, i // 32 * 32 + half * BLOCK, lane, a, b, products, key_dim, dtype)
+            square_rows(vec, stage, q_s, q_stage, k_s, i // 32 * 32 + half * BLOCK, lane, a, b, products, key_dim, dtype)
         T.sync_warp()
         chi = T.rsqrt(vec[stage, ROW_P, i] + L2_EPS)
         kappa = T.rsqrt(vec[stage, GAMMA_KAPPA, i] + L2_EPS)
@@ -194,6 +213,25 @@ def multiply(out, tile, left, right):
 
 
 @T.macro
+def multiply_half(out, left, right):
+    """out[0 : 4] += the first 8 columns of left right."""
+    T.ptx_mma(
+        "float32", "m16n8k16", "row", "col", "fp16", "fp16", "fp32",
+        left.data, 0, right.data, 0, out.data, 0, T.bool(False),
+    )  # fmt: skip
+
+
+@T.macro
+def clear_N(N_s, places, inner_s):
+    """Before the first chunk, by the warpgroup that makes N: what is above the diagonal stays zero."""
+    for place in T.unroll(places):
+        for i, j in T.Parallel(CHUNK, CHUNK):
+            N_s[place, i, j] = 0.0
+    for i, j in T.Parallel(CHUNK, CHUNK + 8):
+        inner_s[i, j] = 0.0
+
+
+@T.macro
 def as_left(block, out, tile, vec, stage, column, lane):
     """block ← −out diag(β), out's tiles of 16×8 from `tile` on, which stand at `column`."""
     for x in T.unroll(8):
@@ -229,31 +267,45 @@ def make_N(
     cut(kk, C * C // 128, True)
     T.sync_threads(barrier, 128)  # the chunk before has been read
     for i, j in T.Parallel(C, C):
-        if i // BLOCK == j // BLOCK:
-            block_s[i // BLOCK, j % BLOCK, i % BLOCK] = kk[i, j]
+        if i // 8 == j // 8:
+            block_s[i // 8, j % 8, i % 8] = kk[i, j]
     for i, j in T.Parallel(C, C):
         L_s[i, j] = kk[i, j]
-    wait(free, place, free_parity)
     T.sync_warp()
-    # N_II: a thread has a column, what is known of it is taken from the rows below
-    for i in T.unroll(BLOCK):
-        column[i] = block_s[warp, lane % BLOCK, i]
-    for m in T.unroll(BLOCK - 1):
-        scaled = column[m] * vec[stage, BETA, top + m]
-        for i in T.unroll(m + 1, BLOCK):
-            column[i] -= block_s[warp, m, i] * scaled
-    if lane < BLOCK:
-        for i in T.unroll(BLOCK):
-            inner_s[top + i, top + lane] = -column[i]
-    for x in T.unroll(16):
-        out[x] = 0.0
-    for J in T.unroll(1, C // BLOCK):
-        if J > warp:
-            store_block(N_s, place, out, 0, vec, stage, top, J * BLOCK, lane, False)
+    # blocks of 8: a thread has a column of one, and what is known of it is taken from the rows below
+    half = lane // 8 % 2
+    eight = top + half * 8
+    for i in T.unroll(8):
+        column[i] = block_s[warp * 2 + half, lane % 8, i]
+    for m in T.unroll(7):
+        scaled = column[m] * vec[stage, BETA, eight + m]
+        for i in T.unroll(m + 1, 8):
+            column[i] -= block_s[warp * 2 + half, m, i] * scaled
+    if lane < 16:
+        for i in T.unroll(8):
+            inner_s[eight + i, eight + lane % 8] = -column[i]
+    T.sync_warp()
+    # the block of 16: of its products only rows 8 to 15, columns 0 to 7 are wanted
+    load_block(a, inner_s, top, top, lane, False)
+    for x in T.unroll(8):
+        a[x] = 0.0 if x // 2 == 1 else T.cast(a[x], "float32") * vec[stage, BETA, top + lane % 4 * 2 + x % 2 + x // 4 * 8]
+    load_block(b, L_s, top, top, lane, True)
+    for x in T.unroll(4):
+        out[x] = L_s[top + 8 + lane // 4, top + lane % 4 * 2 + x % 2]
+    multiply_half(out, a, b)
+    for x in T.unroll(8):
+        a[x] = -out[x] * vec[stage, BETA, top + lane % 4 * 2 + x % 2] if x // 2 == 1 else 0.0
+    for x in T.unroll(4):
+        out[x] = -out[x]
+    load_block(b, inner_s, top, top, lane, True)
+    multiply_half(out, a, b)
+    for x in T.vectorized(2):
+        inner_s[top + 8 + lane // 4, top + lane % 4 * 2 + x] = out[2 + x]
     T.sync_warp()
     load_block(a, inner_s, top, top, lane, False)
     for x in T.unroll(8):
         out[x] = T.cast(a[x], "float32")
+    wait(free, place, free_parity)
     store_block(N_s, place, out, 0, vec, stage, top, top, lane, fold_beta)
     T.sync_threads(barrier, 128)
     if warp % 2 == 1:

@@ -14,7 +14,7 @@ import tilelang.language as T
 from tilelang.cuda.intrinsics.macro.wgmma_macro_generator import (
     TensorCoreIntrinEmitter as WgmmaEmitter,
 )
-from tilelang.layout import Fragment
+from tilelang.layout import Fragment, make_full_bank_swizzled_layout, make_half_bank_swizzled_layout
 from tvm import DataType
 
 if tilelang.__version__.startswith("0.1.15"):
@@ -140,6 +140,11 @@ def load_tail_of(tile, source, first, head, column, left, width):
     for row in T.serial(CHUNK):
         for j in T.Parallel(width):
             tile[row, j] = T.if_then_else(row < left, source[first + row, head, column + j], 0)
+
+
+def state_layout(tile):
+    """Layout of a tile of the state in shared memory, [V, K], that the copy engine takes and rows do not meet in."""
+    return make_full_bank_swizzled_layout(tile) if tile.shape[-1] % 64 == 0 else make_half_bank_swizzled_layout(tile)
 
 
 def transposed_accumulator(rows: int) -> Fragment:

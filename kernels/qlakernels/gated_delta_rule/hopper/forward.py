@@ -39,7 +39,9 @@ from qlakernels.gated_delta_rule.hopper.chunk import (
     RIGHT_P,
     ROW_P,
     VECTORS,
+    clear_N,
     cut,
+    load_gates,
     make_N,
     make_vectors,
     weigh,
@@ -53,11 +55,13 @@ from qlakernels.gated_delta_rule.hopper.common import (
     load_tail,
     load_tail_of,
     release_tiles,
+    state_layout,
     transposed_accumulator,
     wait,
 )
 
-STAGES = 3
+STAGES = 3  # of k and the vectors
+Q_STAGES = 2
 PLACES = 2  # of N and P
 REGISTERS = {1: (216, 168, 120), 2: (192, 88, 40)}  # consumers → of a thread of consumers, auxiliary, producer
 
@@ -102,17 +106,18 @@ def forward_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
     ):
         with T.Kernel(T.ceildiv(V, part), heads, documents, threads=consumers + 256) as (p, head, turn):
             T.import_source(PRELUDE)
-            q_s = T.alloc_shared((STAGES, C, K), dtype)
+            q_s = T.alloc_shared((Q_STAGES, C, K), dtype)
             k_s = T.alloc_shared((STAGES, C, K), dtype)
             N_s = T.alloc_shared((PLACES, C, C), dtype)
             P_s = T.alloc_shared((PLACES, C, C), dtype)
             v_s = T.alloc_shared((C, part), dtype)
             o_s = T.alloc_shared((C, part), dtype)
             W_s = T.alloc_shared((C, part), dtype)
+            S_s = T.alloc_shared((part, K), dtype)
             vec = T.alloc_shared((STAGES, VECTORS, C), "float32")
             L_s = T.alloc_shared((C, C + 8), "float16")
             inner_s = T.alloc_shared((C, C + 8), "float16")
-            block_s = T.alloc_shared((C // BLOCK, BLOCK, BLOCK + 4), "float32")
+            block_s = T.alloc_shared((C // 8, 8, 12), "float32")
 
             S = T.alloc_fragment((part, K), "float32")
             S_r = T.alloc_fragment((part, K), dtype)
@@ -126,12 +131,13 @@ def forward_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
             Pf = T.alloc_fragment((C, C), "float32")
             kk = T.alloc_fragment((C, C), "float32")
             a, b, c_ = (T.alloc_local((8,), "float16") for _ in range(3))
-            out, column = T.alloc_local((16,), "float32"), T.alloc_local((BLOCK,), "float32")
-            sums, other = T.alloc_local((2,), "float32"), T.alloc_local((1,), "float32")
-            a_, b_ = T.alloc_local((8,), dtype), T.alloc_local((8,), dtype)
+            out, column = T.alloc_local((16,), "float32"), T.alloc_local((8,), "float32")
+            raw, sums = T.alloc_local((3,), "float32"), T.alloc_local((3,), "float32")
+            other = T.alloc_local((1,), "float32")
+            a_, b_ = T.alloc_local((16,), dtype), T.alloc_local((16,), dtype)
 
-            tiles_full = T.alloc_barrier([32] * STAGES)
-            tiles_empty = T.alloc_barrier([consumers] * STAGES)
+            k_full, k_empty = T.alloc_barrier([32] * STAGES), T.alloc_barrier([consumers] * STAGES)
+            q_full, q_empty = T.alloc_barrier([32] * Q_STAGES), T.alloc_barrier([consumers] * Q_STAGES)
             v_full, v_empty = T.alloc_barrier([32]), T.alloc_barrier([consumers])
             vec_full = T.alloc_barrier([64] * STAGES)
             made_full, made_empty = T.alloc_barrier([128] * PLACES), T.alloc_barrier([consumers] * PLACES)
@@ -139,6 +145,7 @@ def forward_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
             T.annotate_layout(
                 {f: transposed_accumulator(part) for f in (v_f, W_f, o_f)}
                 | {x: make_full_bank_swizzled_layout(x) for x in (v_s, o_s, W_s)}
+                | {S_s: state_layout(S_s)}
             )
             thread = T.get_thread_binding()
             document = T.alloc_var("int32")
@@ -167,12 +174,11 @@ def forward_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
                     T.copy(S, S_r)
                     if keep:
                         if c % (STATE_STRIDE // C) == 0:
-                            T.copy(
-                                S_r, states[slot + c // (STATE_STRIDE // C), head, columns : columns + part, :]
-                            )
-                    wait(tiles_full, stage, c // STAGES % 2)
+                            T.copy(S_r, S_s)
+                    wait(k_full, stage, c // STAGES % 2)
                     T.wgmma_gemm(S_r, k_s[stage, :, :], X, transpose_B=True, clear_accum=True, policy=rows_first)
-                    T.wgmma_gemm(S_r, q_s[stage, :, :], O, transpose_B=True, clear_accum=True, policy=rows_first)
+                    wait(q_full, c % Q_STAGES, c // Q_STAGES % 2)
+                    T.wgmma_gemm(S_r, q_s[c % Q_STAGES, :, :], O, transpose_B=True, clear_accum=True, policy=rows_first)
                     wait(vec_full, stage, c // STAGES % 2)
                     T.wait_wgmma(1)
                     T.warpgroup_fence_operand(X, num_regs=32)
@@ -181,7 +187,7 @@ def forward_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
                     T.wait_wgmma(0)
                     T.warpgroup_fence_operand(O, num_regs=32)
                     T.wgmma_gemm(
-                        q_s[stage, :, :], k_s[stage, :, :], Pf, transpose_B=True, clear_accum=True, policy=columns_first
+                        q_s[c % Q_STAGES, :, :], k_s[stage, :, :], Pf, transpose_B=True, clear_accum=True, policy=columns_first
                     )
                     wait(v_full, 0, c % 2)
                     T.copy(v_s, v_f)
@@ -194,6 +200,7 @@ def forward_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
                     T.wgmma_gemm(left, N_s[c % PLACES, :, :], X, transpose_B=True, policy=rows_first)
                     T.wait_wgmma(1)
                     T.warpgroup_fence_operand(Pf, num_regs=C * C // consumers)
+                    arrive(q_empty, c % Q_STAGES)
                     for i, j in T.Parallel(C, C):
                         Pf[i, j] *= vec[stage, ROW_P, i]
                     if not folded or vec[stage, LOG2, C - 1] <= -FAR:
@@ -230,6 +237,11 @@ def forward_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
                     T.copy(o_f, o_s)
                     release_tiles()
                     T.sync_threads(1, consumers)
+                    if keep:
+                        if c % (STATE_STRIDE // C) == 0:
+                            T.tma_copy(
+                                S_s, states[slot + c // (STATE_STRIDE // C), head, columns : columns + part, :]
+                            )
                     first = start + c * C
                     if c * C + C <= length:
                         T.tma_copy(o_s, o[first : first + C, head, columns : columns + part])
@@ -245,16 +257,17 @@ def forward_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
                                     W[first + i, head, columns + j] = W_s[i, j]
                     T.wait_wgmma(0)
                     T.warpgroup_fence_operand(S, num_regs=K // 2)
-                    arrive(tiles_empty, stage)
+                    arrive(k_empty, stage)
                 if ends > 0:
                     for i, j in T.Parallel(part, K):
                         final_state[document, head, j, columns + i] = S[i, j]
                 T.tma_store_wait(0)
             elif thread < consumers + 128:
                 T.set_max_nreg(auxiliary_registers, 0)
+                clear_N(N_s, PLACES, inner_s)
                 for c in T.serial(chunks):
                     stage = c % STAGES
-                    wait(tiles_full, stage, c // STAGES % 2)
+                    wait(k_full, stage, c // STAGES % 2)
                     wait(vec_full, stage, c // STAGES % 2)
                     make_N(
                         thread - consumers, 7, k_s, vec, stage, N_s, c % PLACES, L_s, inner_s, block_s, kk, a, b, c_, out,
@@ -266,17 +279,24 @@ def forward_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
                 if thread < consumers + 160:
                     for c in T.serial(chunks):
                         stage = c % STAGES
-                        wait(tiles_empty, stage, (c // STAGES + 1) % 2)
+                        wait(k_empty, stage, (c // STAGES + 1) % 2)
                         first = start + c * C
                         left_rows = length - c * C
                         if left_rows >= C:
-                            T.tma_copy(k[first : first + C, group, :], k_s[stage, :, :], barrier=tiles_full[stage])
-                            T.tma_copy(q[first : first + C, group, :], q_s[stage, :, :], barrier=tiles_full[stage])
+                            T.tma_copy(k[first : first + C, group, :], k_s[stage, :, :], barrier=k_full[stage])
                         else:
                             load_tail(k_s, stage, k, first, group, 0, left_rows, K)
-                            load_tail(q_s, stage, q, first, group, 0, left_rows, K)
                             release_tiles()
-                        arrive(tiles_full, stage)
+                        arrive(k_full, stage)
+                        wait(q_empty, c % Q_STAGES, (c // Q_STAGES + 1) % 2)
+                        if left_rows >= C:
+                            T.tma_copy(
+                                q[first : first + C, group, :], q_s[c % Q_STAGES, :, :], barrier=q_full[c % Q_STAGES]
+                            )
+                        else:
+                            load_tail(q_s, c % Q_STAGES, q, first, group, 0, left_rows, K)
+                            release_tiles()
+                        arrive(q_full, c % Q_STAGES)
                         wait(v_empty, 0, (c + 1) % 2)
                         columns = p * part
                         if left_rows >= C:
@@ -297,13 +317,25 @@ def forward_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
                                             slot + used, head, p * part + row, (block * 32 + thread % 32) % (K // 8) * 8 + x
                                         ] = 0
                 else:
+                    i = thread - consumers - 192
+                    rate = T.alloc_var("float32", init=0.0)
+                    bias = T.alloc_var("float32", init=0.0)
+                    if gate:
+                        rate = -T.exp(A_log[head])
+                        bias = dt_bias[head]
+                    load_gates(raw, g, beta, start, length, head, i)
                     for c in T.serial(chunks):
                         stage = c % STAGES
-                        wait(tiles_empty, stage, (c // STAGES + 1) % 2)
+                        wait(k_empty, stage, (c // STAGES + 1) % 2)
+                        for x in T.unroll(3):
+                            sums[x] = raw[x]
+                        load_gates(raw, g, beta, start + (c + 1) * C, length - (c + 1) * C, head, i)
+                        wait(k_full, stage, c // STAGES % 2)
+                        wait(q_full, c % Q_STAGES, c // Q_STAGES % 2)
                         make_vectors(
-                            vec, stage, thread - consumers - 192, q_s, k_s, tiles_full, c // STAGES % 2, g, beta,
-                            A_log, dt_bias, start + c * C, length - c * C, head, scale, beta_factor, sums, other, a_, b_, out, K, dtype, l2norm,
-                            gate, sigmoid, False, None, None, 0, 0, 0, 1,
+                            vec, stage, i, q_s, c % Q_STAGES, k_s, raw, rate, bias, length - c * C, scale, beta_factor, sums,
+                            other, a_, b_, out, K, dtype, l2norm, gate, sigmoid, False, None, None, 0, head, group,
+                            p, ratio,
                         )  # fmt: skip
                         arrive(vec_full, stage)
 

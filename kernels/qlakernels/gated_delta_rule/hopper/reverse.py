@@ -30,7 +30,9 @@ from qlakernels.gated_delta_rule.hopper.chunk import (
     RIGHT_L,
     ROW_P,
     VECTORS,
+    clear_N,
     cut,
+    load_gates,
     make_N,
     make_vectors,
     weigh,
@@ -42,10 +44,11 @@ from qlakernels.gated_delta_rule.hopper.common import (
     load_tail,
     load_tail_of,
     release_tiles,
+    state_layout,
     transposed_accumulator,
     wait,
 )
-from qlakernels.gated_delta_rule.hopper.forward import PLACES, REGISTERS, STAGES
+from qlakernels.gated_delta_rule.hopper.forward import PLACES, Q_STAGES, REGISTERS, STAGES
 
 
 def reverse_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_dtype, beta_dtype):
@@ -86,7 +89,7 @@ def reverse_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
     ):
         with T.Kernel(T.ceildiv(V, part), heads, documents, threads=consumers + 256) as (p, head, turn):
             T.import_source(PRELUDE)
-            q_s = T.alloc_shared((STAGES, C, K), dtype)
+            q_s = T.alloc_shared((Q_STAGES, C, K), dtype)
             k_s = T.alloc_shared((STAGES, C, K), dtype)
             N_s = T.alloc_shared((PLACES, C, C), dtype)
             P_s = T.alloc_shared((PLACES, C, C), dtype)
@@ -96,7 +99,7 @@ def reverse_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
             vec = T.alloc_shared((STAGES, VECTORS, C), "float32")
             L_s = T.alloc_shared((C, C + 8), "float16")
             inner_s = T.alloc_shared((C, C + 8), "float16")
-            block_s = T.alloc_shared((C // BLOCK, BLOCK, BLOCK + 4), "float32")
+            block_s = T.alloc_shared((C // 8, 8, 12), "float32")
 
             dS = T.alloc_fragment((part, K), "float32")
             dS_r = T.alloc_fragment((part, K), dtype)
@@ -108,12 +111,13 @@ def reverse_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
             Pf = T.alloc_fragment((C, C), "float32")
             kk = T.alloc_fragment((C, C), "float32")
             a, b, c_ = (T.alloc_local((8,), "float16") for _ in range(3))
-            out, column = T.alloc_local((16,), "float32"), T.alloc_local((BLOCK,), "float32")
-            sums, other = T.alloc_local((2,), "float32"), T.alloc_local((1,), "float32")
-            a_, b_ = T.alloc_local((8,), dtype), T.alloc_local((8,), dtype)
+            out, column = T.alloc_local((16,), "float32"), T.alloc_local((8,), "float32")
+            raw, sums = T.alloc_local((3,), "float32"), T.alloc_local((3,), "float32")
+            other = T.alloc_local((1,), "float32")
+            a_, b_ = T.alloc_local((16,), dtype), T.alloc_local((16,), dtype)
 
-            tiles_full = T.alloc_barrier([32] * STAGES)
-            tiles_empty = T.alloc_barrier([consumers] * STAGES)
+            k_full, k_empty = T.alloc_barrier([32] * STAGES), T.alloc_barrier([consumers] * STAGES)
+            q_full, q_empty = T.alloc_barrier([32] * Q_STAGES), T.alloc_barrier([consumers] * Q_STAGES)
             do_full, do_empty = T.alloc_barrier([32]), T.alloc_barrier([consumers])
             vec_full = T.alloc_barrier([64] * STAGES)
             made_full, made_empty = T.alloc_barrier([128] * PLACES), T.alloc_barrier([consumers] * PLACES)
@@ -121,6 +125,7 @@ def reverse_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
             T.annotate_layout(
                 {f: transposed_accumulator(part) for f in (do_f, dv_f)}
                 | {x: make_full_bank_swizzled_layout(x) for x in (do_s, dv_s)}
+                | {dS_s: state_layout(dS_s)}
             )
             thread = T.get_thread_binding()
             document = T.alloc_var("int32")
@@ -151,9 +156,10 @@ def reverse_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
                     T.tma_store_wait(0)
                     T.sync_threads(1, consumers)  # the outputs of the chunk before have left dS_s and dv_s
                     T.copy(dS_r, dS_s)
-                    wait(tiles_full, stage, step // STAGES % 2)
+                    wait(k_full, stage, step // STAGES % 2)
+                    wait(q_full, step % Q_STAGES, step // Q_STAGES % 2)
                     T.wgmma_gemm(
-                        q_s[stage, :, :], k_s[stage, :, :], Pf, transpose_B=True, clear_accum=True, policy=columns_first
+                        q_s[step % Q_STAGES, :, :], k_s[stage, :, :], Pf, transpose_B=True, clear_accum=True, policy=columns_first
                     )
                     T.wgmma_gemm(dS_r, k_s[stage, :, :], D, transpose_B=True, clear_accum=True, policy=rows_first)
                     wait(vec_full, stage, step // STAGES % 2)
@@ -182,7 +188,7 @@ def reverse_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
                         dS[i, j] *= vec[stage, GAMMA, C - 1]
                     wait(P_full, step % PLACES, step // PLACES % 2)
                     T.wgmma_gemm(left, P_s[step % PLACES, :, :], D, policy=rows_first)
-                    T.wgmma_gemm(from_q, q_s[stage, :, :], dS, policy=rows_first)
+                    T.wgmma_gemm(from_q, q_s[step % Q_STAGES, :, :], dS, policy=rows_first)
                     wait(made_full, step % PLACES, step // PLACES % 2)
                     T.wait_wgmma(1)
                     T.warpgroup_fence_operand(D, num_regs=32)
@@ -192,6 +198,7 @@ def reverse_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
                     T.wait_wgmma(0)
                     T.warpgroup_fence_operand(D, num_regs=32)
                     arrive(made_empty, step % PLACES)
+                    arrive(q_empty, step % Q_STAGES)
                     for i, j in T.Parallel(part, C):
                         dv_f[j, i] = D[i, j] * vec[stage, BAR, j]
                     for i, j in T.Parallel(part, C):
@@ -210,16 +217,17 @@ def reverse_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
                                 dv[first + i, head, columns + j] = dv_s[i, j]
                     T.wait_wgmma(0)
                     T.warpgroup_fence_operand(dS, num_regs=K // 2)
-                    arrive(tiles_empty, stage)
+                    arrive(k_empty, stage)
                 if starts > 0:
                     for i, j in T.Parallel(part, K):
                         d_initial_state[document, head, j, columns + i] = dS[i, j]
                 T.tma_store_wait(0)
             elif thread < consumers + 128:
                 T.set_max_nreg(auxiliary_registers, 0)
+                clear_N(N_s, PLACES, inner_s)
                 for step in T.serial(chunks):
                     stage = step % STAGES
-                    wait(tiles_full, stage, step // STAGES % 2)
+                    wait(k_full, stage, step // STAGES % 2)
                     wait(vec_full, stage, step // STAGES % 2)
                     make_N(
                         thread - consumers, 7, k_s, vec, stage, N_s, step % PLACES, L_s, inner_s, block_s, kk, a, b, c_,
@@ -232,17 +240,24 @@ def reverse_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
                     for step in T.serial(chunks):
                         stage = step % STAGES
                         c = chunks - 1 - step
-                        wait(tiles_empty, stage, (step // STAGES + 1) % 2)
+                        wait(k_empty, stage, (step // STAGES + 1) % 2)
                         first = start + c * C
                         left_rows = length - c * C
                         if left_rows >= C:
-                            T.tma_copy(k[first : first + C, group, :], k_s[stage, :, :], barrier=tiles_full[stage])
-                            T.tma_copy(q[first : first + C, group, :], q_s[stage, :, :], barrier=tiles_full[stage])
+                            T.tma_copy(k[first : first + C, group, :], k_s[stage, :, :], barrier=k_full[stage])
                         else:
                             load_tail(k_s, stage, k, first, group, 0, left_rows, K)
-                            load_tail(q_s, stage, q, first, group, 0, left_rows, K)
                             release_tiles()
-                        arrive(tiles_full, stage)
+                        arrive(k_full, stage)
+                        wait(q_empty, step % Q_STAGES, (step // Q_STAGES + 1) % 2)
+                        if left_rows >= C:
+                            T.tma_copy(
+                                q[first : first + C, group, :], q_s[step % Q_STAGES, :, :], barrier=q_full[step % Q_STAGES]
+                            )
+                        else:
+                            load_tail(q_s, step % Q_STAGES, q, first, group, 0, left_rows, K)
+                            release_tiles()
+                        arrive(q_full, step % Q_STAGES)
                         wait(do_empty, 0, (step + 1) % 2)
                         columns = p * part
                         if left_rows >= C:
@@ -252,14 +267,28 @@ def reverse_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
                             release_tiles()
                         arrive(do_full, 0)
                 elif thread >= consumers + 192:
+                    i = thread - consumers - 192
+                    rate = T.alloc_var("float32", init=0.0)
+                    bias = T.alloc_var("float32", init=0.0)
+                    if gate:
+                        rate = -T.exp(A_log[head])
+                        bias = dt_bias[head]
+                    if chunks > 0:
+                        load_gates(raw, g, beta, start + (chunks - 1) * C, length - (chunks - 1) * C, head, i)
                     for step in T.serial(chunks):
                         stage = step % STAGES
                         c = chunks - 1 - step
-                        wait(tiles_empty, stage, (step // STAGES + 1) % 2)
+                        wait(k_empty, stage, (step // STAGES + 1) % 2)
+                        for x in T.unroll(3):
+                            sums[x] = raw[x]
+                        if c > 0:
+                            load_gates(raw, g, beta, start + (c - 1) * C, C, head, i)
+                        wait(k_full, stage, step // STAGES % 2)
+                        wait(q_full, step % Q_STAGES, step // Q_STAGES % 2)
                         make_vectors(
-                            vec, stage, thread - consumers - 192, q_s, k_s, tiles_full, step // STAGES % 2, g, beta,
-                            A_log, dt_bias, start + c * C, length - c * C, head, scale, beta_factor, sums, other, a_, b_,
-                            out, K, dtype, l2norm, gate, sigmoid, True, gates, norms, slot + c, group, p, ratio,
+                            vec, stage, i, q_s, step % Q_STAGES, k_s, raw, rate, bias, length - c * C, scale, beta_factor, sums,
+                            other, a_, b_, out, K, dtype, l2norm, gate, sigmoid, True, gates, norms, slot + c, head, group,
+                            p, ratio,
                         )  # fmt: skip
                         arrive(vec_full, stage)
 
