@@ -15,8 +15,8 @@ N is strictly lower triangular and regular at β = 0. It is solved in blocks of 
 in tensor-core products of 16×16 blocks, as N₂₁ = −(I + N₂₂ β₂) L₂₁ (I + β₁ N₁₁). Their operands are rounded to float16: entries of N stay within 1 for unit keys
 and β ≤ 2, and bfloat16 would double the error where keys repeat.
 
-`make_vectors` is run by two warps, a thread a token; `make_N` by a warpgroup of its own, a chunk ahead of the state;
-`make_P` by each consumer of the scans for a part of P's columns, beside its products.
+One warp runs `make_gates`, two `make_query_vectors`, a warpgroup `make_key_vectors` and `make_N`, all ahead of the
+state; the consumers of the scans make P beside their products.
 """
 
 import tilelang.language as T
@@ -27,7 +27,7 @@ from qlakernels.gated_delta_rule.hopper.common import (
     L2_EPS,
     LOG2E,
     exp2,
-    folds_decay,
+    log2,
     release_tiles,
     wait,
     weight_of_W,
@@ -36,141 +36,147 @@ from qlakernels.gated_delta_rule.hopper.common import (
 BLOCK = 16
 # rows of a chunk's vectors in shared memory, [VECTORS, CHUNK] in float32
 VECTORS = 12
-LEFT_L, RIGHT_L, LOG2, RIGHT_P, ROW_P, BETA, BAR, GAMMA, GAMMA_KAPPA, RHO_KAPPA, OUTPUT, INTO_STATE = range(VECTORS)
+LOG2, BETA, GAMMA, RHO = range(4)  # of the gates
+ROW_P, OUTPUT = 4, 5  # of the queries
+LEFT_L, RIGHT_L, RIGHT_P, BAR, STATE_KAPPA, INTO_STATE = range(6, VECTORS)  # of the keys; STATE_KAPPA: γκ, or ρκ in reverse
 FAR = 80.0  # powers of two: decay over a chunk up to which it can be taken out of Γ
 ABBREVIATION = {"bfloat16": "bf16", "float16": "fp16"}
 
 
 @T.macro
-def square_rows(vec, stage, q_s, q_stage, k_s, top, lane, a, b, sums, key_dim, dtype):
-    """vec[stage, ROW_P and GAMMA_KAPPA] ← the sums of squares of the 16 rows of q and k from `top` on, by a warp.
+def load_gates(raw, g, beta, first, size, head, lane):
+    """raw [4] ← the gates of tokens `lane` and `lane` + 32 of the chunk at token `first`, and their step sizes; 0 for
+    tokens that do not exist. Called a chunk ahead: the loads are on their way while the chunk before is worked on."""
+    for half in T.unroll(2):
+        token = half * 32 + lane
+        raw[half] = T.if_then_else(token < size, T.cast(g[first + token, head], "float32"), 0.0)
+        raw[2 + half] = T.if_then_else(token < size, T.cast(beta[first + token, head], "float32"), 0.0)
+
+
+@T.macro
+def make_gates(vec, stage, lane, raw, other, rate, bias, size, beta_factor, gate, sigmoid, gates, slot, head, write):
+    """vec[stage]'s vectors of the gates ← what `load_gates` left in raw, of `size` tokens; by a warp, two tokens a lane.
+
+    rate, bias: −exp(A_log) and dt_bias of the head. `write`: gates[slot, head] ← Σg and β as well.
+    """
+    for half in T.unroll(2):
+        token = half * 32 + lane
+        if gate:
+            y = raw[half] + bias
+            # softplus, without overflow and without loss where it is small
+            soft = T.max(y, 0.0) + T.log1p(T.exp(-T.abs(y)))
+            raw[half] = T.if_then_else(token < size, rate * soft, 0.0)
+        if sigmoid:
+            raw[2 + half] = T.if_then_else(token < size, beta_factor / (1.0 + T.exp(-raw[2 + half])), 0.0)
+        for step in T.unroll(5):
+            other[0] = T.shfl_up(raw[half], 1 << step)
+            if lane >= 1 << step:
+                raw[half] += other[0]
+    raw[1] += T.shfl_sync(raw[0], 31)
+    whole = T.alloc_var("float32")
+    whole = T.shfl_sync(raw[1], 31)
+    for half in T.unroll(2):
+        token = half * 32 + lane
+        vec[stage, LOG2, token] = raw[half] * LOG2E
+        vec[stage, BETA, token] = raw[2 + half]
+        vec[stage, GAMMA, token] = exp2(raw[half] * LOG2E)
+        vec[stage, RHO, token] = exp2((whole - raw[half]) * LOG2E)
+        if write:
+            gates[slot, head, 0, token] = raw[half]
+            gates[slot, head, 1, token] = raw[2 + half]
+
+
+@T.macro
+def square_rows(vec, stage, q_s, q_stage, top, lane, a, b, sums, key_dim, dtype):
+    """vec[stage, ROW_P, top : top + 16] ← the sums of squares of 16 rows of q_s[q_stage], by a warp.
 
     They are the diagonal of a product: columns 0 to 7 of its upper half, 8 to 15 of its lower one.
     """
-    for x in T.unroll(16):
+    for x in T.unroll(8):
         sums[x] = 0.0
-    for step in T.serial(key_dim // BLOCK):
-        for of_k in T.unroll(2):
-            if of_k == 0:
-                T.ptx_ldmatrix(
-                    T.bool(False),
-                    4,
-                    T.access_ptr(q_s[q_stage, top + lane % 16, step * BLOCK + lane // 16 * 8], "r", extent=8),
-                    T.access_ptr(a[0], "w", extent=8),
-                )
-            else:
-                T.ptx_ldmatrix(
-                    T.bool(False),
-                    4,
-                    T.access_ptr(k_s[stage, top + lane % 16, step * BLOCK + lane // 16 * 8], "r", extent=8),
-                    T.access_ptr(a[8], "w", extent=8),
-                )
-        for of_k in T.unroll(2):
-            for x in T.unroll(8):  # the same rows as columns: [0 1 4 5] and [2 3 6 7]
-                b[of_k * 8 + x] = a[of_k * 8 + x // 4 * 2 + x % 4 // 2 * 4 + x % 2]
-            for half in T.unroll(2):
-                T.ptx_mma(
-                    "float32", "m16n8k16", "row", "col", ABBREVIATION[dtype], ABBREVIATION[dtype], "fp32",
-                    a.data, of_k * 8, b.data, of_k * 8 + half * 4, sums.data, of_k * 8 + half * 4, T.bool(False),
-                )  # fmt: skip
+    for step in T.unroll(key_dim // BLOCK):
+        T.ptx_ldmatrix(
+            T.bool(False),
+            4,
+            T.access_ptr(q_s[q_stage, top + lane % 16, step * BLOCK + lane // 16 * 8], "r", extent=8),
+            T.access_ptr(a[0], "w", extent=8),
+        )
+        for x in T.unroll(8):  # the same rows as columns: [0 1 4 5] and [2 3 6 7]
+            b[x] = a[x // 4 * 2 + x % 4 // 2 * 4 + x % 2]
+        for half in T.unroll(2):
+            T.ptx_mma(
+                "float32", "m16n8k16", "row", "col", ABBREVIATION[dtype], ABBREVIATION[dtype], "fp32",
+                a.data, 0, b.data, half * 4, sums.data, half * 4, T.bool(False),
+            )  # fmt: skip
     for e in T.unroll(2):
         if lane // 4 == lane % 4 * 2 + e:
             vec[stage, ROW_P, top + lane // 4] = sums[e]
             vec[stage, ROW_P, top + 8 + lane // 4] = sums[6 + e]
-            vec[stage, GAMMA_KAPPA, top + lane // 4] = sums[8 + e]
-            vec[stage, GAMMA_KAPPA, top + 8 + lane // 4] = sums[14 + e]
 
 
 @T.macro
-def load_gates(raw, g, beta, first, size, head, i):
-    """raw [3] ← two gates and a step size of the chunk at token `first`, 0 for tokens that do not exist.
-
-    Both warps that make vectors read all 64 gates, two a thread, so that their sum needs no exchange between them.
-    Called a chunk ahead: the loads are on their way while the chunk before is worked on.
-    """
-    for half in T.unroll(2):
-        raw[half] = T.if_then_else(
-            half * 32 + i % 32 < size, T.cast(g[first + half * 32 + i % 32, head], "float32"), 0.0
-        )
-    raw[2] = T.if_then_else(i < size, T.cast(beta[first + i, head], "float32"), 0.0)
-
-
-@T.macro
-def make_vectors(
-    vec, stage, i, q_s, q_stage, k_s, raw, rate, bias, size, scale, beta_factor, sums, other, a, b, products,
-    key_dim, dtype, l2norm, gate, sigmoid, reverse, gates, norms, slot, head, group, p, ratio,
+def make_query_vectors(
+    vec, stage, i, q_s, q_stage, gates_full, parity, scale, a, b, sums, key_dim, dtype, l2norm, fold, norms, slot, group,
+    write,
 ):  # fmt: skip
-    """vec[stage] ← the vectors of a chunk, of which `size` tokens exist; i: this thread's token. Run by two warps.
+    """vec[stage]'s vectors of the queries, by two warps, i the thread's token. `fold`: P takes the decay of rows.
 
-    raw: see `load_gates`. rate, bias: −exp(A_log) and dt_bias of the head. `reverse`: as the reverse scan needs them;
-    the first part of V, p = 0, writes gates and norms for `gradients` as well.
+    Waits for the gates after q itself. `write`: norms[slot, group, 0] ← χ as well.
     """
     lane = i % 32
-    for half in T.unroll(2):
-        if gate:
-            y = sums[half] + bias
-            # softplus, without overflow and without loss where it is small
-            soft = T.max(y, 0.0) + T.log1p(T.exp(-T.abs(y)))
-            sums[half] = T.if_then_else(half * 32 + lane < size, rate * soft, 0.0)
-    step_size = T.alloc_var("float32")
-    step_size = sums[2]
-    if sigmoid:
-        step_size = T.if_then_else(i < size, beta_factor / (1.0 + T.exp(-step_size)), 0.0)
-    for half in T.unroll(2):
-        for step in T.unroll(5):
-            other[0] = T.shfl_up(sums[half], 1 << step)
-            if lane >= 1 << step:
-                sums[half] += other[0]
-    sums[1] += T.shfl_sync(sums[0], 31)
-    whole = T.alloc_var("float32")
-    whole = T.shfl_sync(sums[1], 31) * LOG2E
-    total = T.alloc_var("float32")
-    total = T.if_then_else(i < 32, sums[0], sums[1])
-    log2 = total * LOG2E
-    gamma = exp2(log2)
-    rho = exp2(whole - log2)
     chi = T.alloc_var("float32", init=1.0)
-    kappa = T.alloc_var("float32", init=1.0)
     if l2norm:
         for half in T.serial(2):
-            square_rows(vec, stage, q_s, q_stage, k_s, i // 32 * 32 + half * BLOCK, lane, a, b, products, key_dim, dtype)
+            square_rows(vec, stage, q_s, q_stage, i // 32 * 32 + half * BLOCK, lane, a, b, sums, key_dim, dtype)
         T.sync_warp()
         chi = T.rsqrt(vec[stage, ROW_P, i] + L2_EPS)
-        kappa = T.rsqrt(vec[stage, GAMMA_KAPPA, i] + L2_EPS)
         T.sync_warp()
-    log2_kappa = T.log2(kappa)
-    vec[stage, LEFT_L, i] = log2 + log2_kappa
-    vec[stage, RIGHT_L, i] = log2 - log2_kappa
-    vec[stage, LOG2, i] = log2
-    vec[stage, BETA, i] = step_size
-    vec[stage, GAMMA, i] = gamma
-    vec[stage, OUTPUT, i] = scale * gamma * chi
-    if reverse:
-        # what `gradients` reads again
-        if p == 0:
-            gates[slot, head, 0, i] = total
-            gates[slot, head, 1, i] = step_size
-            if head % ratio == 0:
-                norms[slot, group, 0, i] = chi
-                norms[slot, group, 1, i] = kappa
-        bar = T.max(step_size, BETA_MIN[dtype])
-        vec[stage, ROW_P, i] = scale * chi
-        vec[stage, BAR, i] = bar
-        vec[stage, RHO_KAPPA, i] = rho * kappa
-        vec[stage, INTO_STATE, i] = -gamma * kappa * (step_size / bar)
+    if write:
+        norms[slot, group, 0, i] = chi
+    wait(gates_full, stage, parity)
+    vec[stage, OUTPUT, i] = scale * chi * vec[stage, GAMMA, i]
+    whole = vec[stage, LOG2, CHUNK - 1]
+    if fold and whole > -FAR:
+        # (κβ/ω)_j is 1/ρ_j: what is left of Γ depends on the row alone, but for decay that bfloat16 cannot hold
+        vec[stage, ROW_P, i] = scale * chi * exp2(vec[stage, LOG2, i] - whole)
     else:
-        omega = T.alloc_var("float32")
-        omega = weight_of_W(step_size, rho, kappa, dtype)
-        vec[stage, GAMMA_KAPPA, i] = gamma * kappa
-        vec[stage, BAR, i] = omega
-        vec[stage, INTO_STATE, i] = rho * (kappa * step_size / omega)
-        if folds_decay(dtype):
-            # (κβ/ω)_j is 1/ρ_j: what is left of Γ depends on the row alone, but for decay that bfloat16 cannot hold
-            vec[stage, RIGHT_P, i] = log2 - T.log2(kappa * step_size / omega)
-            vec[stage, ROW_P, i] = scale * chi * T.if_then_else(whole > -FAR, exp2(log2 - whole), 1.0)
+        vec[stage, ROW_P, i] = scale * chi
+
+
+@T.macro
+def make_key_vectors(t, vec, stage, kk, dtype, l2norm, reverse, norms, slot, group, write):
+    """vec[stage]'s vectors of the keys, from the diagonal of kk = K Kᵀ; by a warpgroup, whose warp w has block w.
+
+    `reverse`: as the reverse scan needs them. `write`: norms[slot, group, 1] ← κ as well.
+    """
+    if l2norm:
+        for i, j in T.Parallel(CHUNK, CHUNK):
+            if i == j:
+                vec[stage, STATE_KAPPA, i] = kk[i, j]
+        T.sync_warp()
+    if t % 32 < BLOCK:
+        i = t // 32 * BLOCK + t % 32
+        kappa = T.alloc_var("float32", init=1.0)
+        if l2norm:
+            kappa = T.rsqrt(vec[stage, STATE_KAPPA, i] + L2_EPS)
+        if write:
+            norms[slot, group, 1, i] = kappa
+        beta = vec[stage, BETA, i]
+        log2_kappa = log2(kappa)
+        vec[stage, LEFT_L, i] = vec[stage, LOG2, i] + log2_kappa
+        vec[stage, RIGHT_L, i] = vec[stage, LOG2, i] - log2_kappa
+        if reverse:
+            bar = T.max(beta, BETA_MIN[dtype])
+            vec[stage, BAR, i] = bar
+            vec[stage, STATE_KAPPA, i] = vec[stage, RHO, i] * kappa
+            vec[stage, INTO_STATE, i] = -vec[stage, GAMMA, i] * kappa * (beta / bar)
         else:
-            vec[stage, RIGHT_P, i] = log2 - T.log2(kappa * step_size / omega)
-            vec[stage, ROW_P, i] = scale * chi
+            omega = T.alloc_var("float32")
+            omega = weight_of_W(beta, vec[stage, RHO, i], kappa, dtype)
+            vec[stage, BAR, i] = omega
+            vec[stage, STATE_KAPPA, i] = vec[stage, GAMMA, i] * kappa
+            vec[stage, INTO_STATE, i] = vec[stage, RHO, i] * (kappa * beta / omega)
+            vec[stage, RIGHT_P, i] = vec[stage, LOG2, i] - log2(kappa * beta / omega)
 
 
 @T.macro
@@ -250,10 +256,10 @@ def store_block(N_s, place, out, tile, vec, stage, row, column, lane, fold_beta)
 
 @T.macro
 def make_N(
-    t, barrier, k_s, vec, stage, N_s, place, L_s, inner_s, block_s, kk, a, b, c, out, column, free, free_parity,
+    t, barrier, vec, stage, N_s, place, L_s, inner_s, block_s, kk, a, b, c, out, column, free, free_parity,
     fold_beta,
 ):  # fmt: skip
-    """N_s[place] ← the chunk's N. Run by a warpgroup, whose threads are t = 0 to 127.
+    """N_s[place] ← the chunk's N, from kk = K Kᵀ. Run by a warpgroup, whose threads are t = 0 to 127.
 
     `free`, `free_parity`: the barriers behind which a place may be written. `fold_beta`: write N diag(β) instead.
     `barrier`: a named barrier of the warpgroup's own.
@@ -262,7 +268,6 @@ def make_N(
     warp = t // 32
     lane = t % 32
     top = warp * BLOCK
-    T.gemm(k_s[stage, :, :], k_s[stage, :, :], kk, transpose_B=True, clear_accum=True)
     weigh(kk, vec, stage, LEFT_L, RIGHT_L)
     cut(kk, C * C // 128, True)
     T.sync_threads(barrier, 128)  # the chunk before has been read

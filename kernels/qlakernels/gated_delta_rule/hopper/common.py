@@ -44,12 +44,22 @@ __device__ __forceinline__ float fast_exp2(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+__device__ __forceinline__ float fast_log2(float x) {
+  float y;
+  asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 """
 
 
 def exp2(x):
     """2^x in one instruction, to 2 ulp; results below 2⁻¹²⁶ are 0. Needs PRELUDE."""
     return T.call_extern("float32", "fast_exp2", x)
+
+
+def log2(x):
+    """The logarithm in one instruction, to 2⁻²²; −∞ of 0. Needs PRELUDE."""
+    return T.call_extern("float32", "fast_log2", x)
 
 
 def folds_decay(dtype: str) -> bool:

@@ -32,7 +32,7 @@ from qlakernels.gated_delta_rule.hopper.chunk import (
     BLOCK,
     FAR,
     GAMMA,
-    GAMMA_KAPPA,
+    STATE_KAPPA,
     INTO_STATE,
     LOG2,
     OUTPUT,
@@ -42,8 +42,10 @@ from qlakernels.gated_delta_rule.hopper.chunk import (
     clear_N,
     cut,
     load_gates,
+    make_gates,
+    make_key_vectors,
     make_N,
-    make_vectors,
+    make_query_vectors,
     weigh,
 )
 from qlakernels.gated_delta_rule.hopper.common import (
@@ -132,14 +134,15 @@ def forward_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
             kk = T.alloc_fragment((C, C), "float32")
             a, b, c_ = (T.alloc_local((8,), "float16") for _ in range(3))
             out, column = T.alloc_local((16,), "float32"), T.alloc_local((8,), "float32")
-            raw, sums = T.alloc_local((3,), "float32"), T.alloc_local((3,), "float32")
-            other = T.alloc_local((1,), "float32")
-            a_, b_ = T.alloc_local((16,), dtype), T.alloc_local((16,), dtype)
+            raw, other = T.alloc_local((4,), "float32"), T.alloc_local((1,), "float32")
+            next_raw = T.alloc_local((4,), "float32")
+            a_, b_ = T.alloc_local((8,), dtype), T.alloc_local((8,), dtype)
 
             k_full, k_empty = T.alloc_barrier([32] * STAGES), T.alloc_barrier([consumers] * STAGES)
             q_full, q_empty = T.alloc_barrier([32] * Q_STAGES), T.alloc_barrier([consumers] * Q_STAGES)
             v_full, v_empty = T.alloc_barrier([32]), T.alloc_barrier([consumers])
-            vec_full = T.alloc_barrier([64] * STAGES)
+            gates_full, query_full = T.alloc_barrier([32] * STAGES), T.alloc_barrier([64] * STAGES)
+            key_full = T.alloc_barrier([128] * STAGES)
             made_full, made_empty = T.alloc_barrier([128] * PLACES), T.alloc_barrier([consumers] * PLACES)
             P_full = T.alloc_barrier([consumers] * PLACES)
             T.annotate_layout(
@@ -179,13 +182,14 @@ def forward_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
                     T.wgmma_gemm(S_r, k_s[stage, :, :], X, transpose_B=True, clear_accum=True, policy=rows_first)
                     wait(q_full, c % Q_STAGES, c // Q_STAGES % 2)
                     T.wgmma_gemm(S_r, q_s[c % Q_STAGES, :, :], O, transpose_B=True, clear_accum=True, policy=rows_first)
-                    wait(vec_full, stage, c // STAGES % 2)
+                    wait(key_full, stage, c // STAGES % 2)
                     T.wait_wgmma(1)
                     T.warpgroup_fence_operand(X, num_regs=32)
                     for i, j in T.Parallel(part, C):
-                        X[i, j] *= -vec[stage, GAMMA_KAPPA, j]
+                        X[i, j] *= -vec[stage, STATE_KAPPA, j]
                     T.wait_wgmma(0)
                     T.warpgroup_fence_operand(O, num_regs=32)
+                    wait(query_full, stage, c // STAGES % 2)
                     T.wgmma_gemm(
                         q_s[c % Q_STAGES, :, :], k_s[stage, :, :], Pf, transpose_B=True, clear_accum=True, policy=columns_first
                     )
@@ -268,9 +272,13 @@ def forward_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
                 for c in T.serial(chunks):
                     stage = c % STAGES
                     wait(k_full, stage, c // STAGES % 2)
-                    wait(vec_full, stage, c // STAGES % 2)
+                    T.gemm(k_s[stage, :, :], k_s[stage, :, :], kk, transpose_B=True, clear_accum=True)
+                    wait(gates_full, stage, c // STAGES % 2)
+                    make_key_vectors(thread - consumers, vec, stage, kk, dtype, l2norm, False, None, 0, 0, False)
+                    T.sync_threads(7, 128)
+                    arrive(key_full, stage)
                     make_N(
-                        thread - consumers, 7, k_s, vec, stage, N_s, c % PLACES, L_s, inner_s, block_s, kk, a, b, c_, out,
+                        thread - consumers, 7, vec, stage, N_s, c % PLACES, L_s, inner_s, block_s, kk, a, b, c_, out,
                         column, made_empty, (c // PLACES + 1) % 2, True,
                     )  # fmt: skip
                     arrive(made_full, c % PLACES)
@@ -316,27 +324,33 @@ def forward_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
                                         states[
                                             slot + used, head, p * part + row, (block * 32 + thread % 32) % (K // 8) * 8 + x
                                         ] = 0
-                else:
-                    i = thread - consumers - 192
+                    lane = thread % 32
                     rate = T.alloc_var("float32", init=0.0)
                     bias = T.alloc_var("float32", init=0.0)
                     if gate:
                         rate = -T.exp(A_log[head])
                         bias = dt_bias[head]
-                    load_gates(raw, g, beta, start, length, head, i)
+                    load_gates(next_raw, g, beta, start, length, head, lane)
+                    for c in T.serial(chunks):
+                        stage = c % STAGES
+                        for x in T.unroll(4):
+                            raw[x] = next_raw[x]
+                        load_gates(next_raw, g, beta, start + (c + 1) * C, length - (c + 1) * C, head, lane)
+                        wait(k_empty, stage, (c // STAGES + 1) % 2)
+                        make_gates(
+                            vec, stage, lane, raw, other, rate, bias, length - c * C, beta_factor, gate, sigmoid, None, 0, 0, False
+                        )
+                        arrive(gates_full, stage)
+                else:
+                    i = thread - consumers - 192
                     for c in T.serial(chunks):
                         stage = c % STAGES
                         wait(k_empty, stage, (c // STAGES + 1) % 2)
-                        for x in T.unroll(3):
-                            sums[x] = raw[x]
-                        load_gates(raw, g, beta, start + (c + 1) * C, length - (c + 1) * C, head, i)
-                        wait(k_full, stage, c // STAGES % 2)
                         wait(q_full, c % Q_STAGES, c // Q_STAGES % 2)
-                        make_vectors(
-                            vec, stage, i, q_s, c % Q_STAGES, k_s, raw, rate, bias, length - c * C, scale, beta_factor, sums,
-                            other, a_, b_, out, K, dtype, l2norm, gate, sigmoid, False, None, None, 0, head, group,
-                            p, ratio,
+                        make_query_vectors(
+                            vec, stage, i, q_s, c % Q_STAGES, gates_full, c // STAGES % 2, scale, a_, b_, out, K, dtype,
+                            l2norm, folded, None, 0, 0, False,
                         )  # fmt: skip
-                        arrive(vec_full, stage)
+                        arrive(query_full, stage)
 
     return forward

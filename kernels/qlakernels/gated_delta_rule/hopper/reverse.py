@@ -26,15 +26,17 @@ from qlakernels.gated_delta_rule.hopper.chunk import (
     INTO_STATE,
     LOG2,
     OUTPUT,
-    RHO_KAPPA,
+    STATE_KAPPA,
     RIGHT_L,
     ROW_P,
     VECTORS,
     clear_N,
     cut,
     load_gates,
+    make_gates,
+    make_key_vectors,
     make_N,
-    make_vectors,
+    make_query_vectors,
     weigh,
 )
 from qlakernels.gated_delta_rule.hopper.common import (
@@ -112,14 +114,15 @@ def reverse_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
             kk = T.alloc_fragment((C, C), "float32")
             a, b, c_ = (T.alloc_local((8,), "float16") for _ in range(3))
             out, column = T.alloc_local((16,), "float32"), T.alloc_local((8,), "float32")
-            raw, sums = T.alloc_local((3,), "float32"), T.alloc_local((3,), "float32")
-            other = T.alloc_local((1,), "float32")
-            a_, b_ = T.alloc_local((16,), dtype), T.alloc_local((16,), dtype)
+            raw, other = T.alloc_local((4,), "float32"), T.alloc_local((1,), "float32")
+            next_raw = T.alloc_local((4,), "float32")
+            a_, b_ = T.alloc_local((8,), dtype), T.alloc_local((8,), dtype)
 
             k_full, k_empty = T.alloc_barrier([32] * STAGES), T.alloc_barrier([consumers] * STAGES)
             q_full, q_empty = T.alloc_barrier([32] * Q_STAGES), T.alloc_barrier([consumers] * Q_STAGES)
             do_full, do_empty = T.alloc_barrier([32]), T.alloc_barrier([consumers])
-            vec_full = T.alloc_barrier([64] * STAGES)
+            gates_full, query_full = T.alloc_barrier([32] * STAGES), T.alloc_barrier([64] * STAGES)
+            key_full = T.alloc_barrier([128] * STAGES)
             made_full, made_empty = T.alloc_barrier([128] * PLACES), T.alloc_barrier([consumers] * PLACES)
             P_full = T.alloc_barrier([consumers] * PLACES)
             T.annotate_layout(
@@ -162,7 +165,8 @@ def reverse_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
                         q_s[step % Q_STAGES, :, :], k_s[stage, :, :], Pf, transpose_B=True, clear_accum=True, policy=columns_first
                     )
                     T.wgmma_gemm(dS_r, k_s[stage, :, :], D, transpose_B=True, clear_accum=True, policy=rows_first)
-                    wait(vec_full, stage, step // STAGES % 2)
+                    wait(query_full, stage, step // STAGES % 2)
+                    wait(key_full, stage, step // STAGES % 2)
                     T.wait_wgmma(1)
                     T.warpgroup_fence_operand(Pf, num_regs=C * C // consumers)
                     for i, j in T.Parallel(C, C):
@@ -183,7 +187,7 @@ def reverse_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
                     T.wait_wgmma(0)
                     T.warpgroup_fence_operand(D, num_regs=32)
                     for i, j in T.Parallel(part, C):
-                        D[i, j] *= vec[stage, RHO_KAPPA, j]
+                        D[i, j] *= vec[stage, STATE_KAPPA, j]
                     for i, j in T.Parallel(part, K):
                         dS[i, j] *= vec[stage, GAMMA, C - 1]
                     wait(P_full, step % PLACES, step // PLACES % 2)
@@ -228,10 +232,22 @@ def reverse_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
                 for step in T.serial(chunks):
                     stage = step % STAGES
                     wait(k_full, stage, step // STAGES % 2)
-                    wait(vec_full, stage, step // STAGES % 2)
+                    c = chunks - 1 - step
+                    T.gemm(k_s[stage, :, :], k_s[stage, :, :], kk, transpose_B=True, clear_accum=True)
+                    wait(gates_full, stage, step // STAGES % 2)
+                    if p == 0 and head % ratio == 0:
+                        make_key_vectors(
+                            thread - consumers, vec, stage, kk, dtype, l2norm, True, norms, slot + c, group, True
+                        )
+                    else:
+                        make_key_vectors(
+                            thread - consumers, vec, stage, kk, dtype, l2norm, True, norms, slot + c, group, False
+                        )
+                    T.sync_threads(7, 128)
+                    arrive(key_full, stage)
                     make_N(
-                        thread - consumers, 7, k_s, vec, stage, N_s, step % PLACES, L_s, inner_s, block_s, kk, a, b, c_,
-                        out, column, made_empty, (step // PLACES + 1) % 2, False,
+                        thread - consumers, 7, vec, stage, N_s, step % PLACES, L_s, inner_s, block_s, kk, a, b, c_, out,
+                        column, made_empty, (step // PLACES + 1) % 2, False,
                     )  # fmt: skip
                     arrive(made_full, step % PLACES)
             else:
@@ -266,30 +282,44 @@ def reverse_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
                             load_tail_of(do_s, do, first, head, columns, left_rows, part)
                             release_tiles()
                         arrive(do_full, 0)
-                elif thread >= consumers + 192:
-                    i = thread - consumers - 192
+                elif thread < consumers + 192:
+                    lane = thread % 32
                     rate = T.alloc_var("float32", init=0.0)
                     bias = T.alloc_var("float32", init=0.0)
                     if gate:
                         rate = -T.exp(A_log[head])
                         bias = dt_bias[head]
                     if chunks > 0:
-                        load_gates(raw, g, beta, start + (chunks - 1) * C, length - (chunks - 1) * C, head, i)
+                        load_gates(next_raw, g, beta, start + (chunks - 1) * C, length - (chunks - 1) * C, head, lane)
+                    for step in T.serial(chunks):
+                        stage = step % STAGES
+                        c = chunks - 1 - step
+                        for x in T.unroll(4):
+                            raw[x] = next_raw[x]
+                        if c > 0:
+                            load_gates(next_raw, g, beta, start + (c - 1) * C, C, head, lane)
+                        wait(k_empty, stage, (step // STAGES + 1) % 2)
+                        make_gates(
+                            vec, stage, lane, raw, other, rate, bias, length - c * C, beta_factor, gate, sigmoid, gates, slot + c, head, True
+                        )
+                        arrive(gates_full, stage)
+                else:
+                    i = thread - consumers - 192
                     for step in T.serial(chunks):
                         stage = step % STAGES
                         c = chunks - 1 - step
                         wait(k_empty, stage, (step // STAGES + 1) % 2)
-                        for x in T.unroll(3):
-                            sums[x] = raw[x]
-                        if c > 0:
-                            load_gates(raw, g, beta, start + (c - 1) * C, C, head, i)
-                        wait(k_full, stage, step // STAGES % 2)
                         wait(q_full, step % Q_STAGES, step // Q_STAGES % 2)
-                        make_vectors(
-                            vec, stage, i, q_s, step % Q_STAGES, k_s, raw, rate, bias, length - c * C, scale, beta_factor, sums,
-                            other, a_, b_, out, K, dtype, l2norm, gate, sigmoid, True, gates, norms, slot + c, head, group,
-                            p, ratio,
-                        )  # fmt: skip
-                        arrive(vec_full, stage)
+                        if p == 0 and head % ratio == 0:
+                            make_query_vectors(
+                                vec, stage, i, q_s, step % Q_STAGES, gates_full, step // STAGES % 2, scale, a_, b_, out, K,
+                                dtype, l2norm, False, norms, slot + c, group, True,
+                            )  # fmt: skip
+                        else:
+                            make_query_vectors(
+                                vec, stage, i, q_s, step % Q_STAGES, gates_full, step // STAGES % 2, scale, a_, b_, out, K,
+                                dtype, l2norm, False, norms, slot + c, group, False,
+                            )  # fmt: skip
+                        arrive(query_full, stage)
 
     return reverse
