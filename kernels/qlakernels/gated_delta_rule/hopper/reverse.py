@@ -156,8 +156,8 @@ def reverse_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
                     stage = step % STAGES
                     c = chunks - 1 - step
                     T.copy(dS, dS_r)
-                    T.tma_store_wait(0)
-                    T.sync_threads(1, consumers)  # the outputs of the chunk before have left dS_s and dv_s
+                    T.tma_store_wait(1)
+                    T.sync_threads(1, consumers)  # dS of the chunk before has left dS_s, dV perhaps not yet dv_s
                     T.copy(dS_r, dS_s)
                     wait(k_full, stage, step // STAGES % 2)
                     wait(q_full, step % Q_STAGES, step // Q_STAGES % 2)
@@ -174,6 +174,7 @@ def reverse_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
                     weigh(Pf, vec, stage, LOG2, RIGHT_L)
                     cut(Pf, C * C // consumers, False)
                     T.copy(Pf, P_s[step % PLACES, :, :])
+                    T.tma_store_wait(0)  # dV of the chunk before has left dv_s
                     release_tiles()
                     arrive(P_full, step % PLACES)
                     wait(do_full, 0, step % 2)
@@ -191,6 +192,7 @@ def reverse_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
                     for i, j in T.Parallel(part, K):
                         dS[i, j] *= vec[stage, GAMMA, C - 1]
                     wait(P_full, step % PLACES, step // PLACES % 2)
+                    T.tma_copy(dS_s, d_states[slot + c, head, columns : columns + part, :])
                     T.wgmma_gemm(left, P_s[step % PLACES, :, :], D, policy=rows_first)
                     T.wgmma_gemm(from_q, q_s[step % Q_STAGES, :, :], dS, policy=rows_first)
                     wait(made_full, step % PLACES, step // PLACES % 2)
@@ -211,7 +213,6 @@ def reverse_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
                     T.copy(dv_f, dv_s)
                     release_tiles()
                     T.sync_threads(1, consumers)
-                    T.tma_copy(dS_s, d_states[slot + c, head, columns : columns + part, :])
                     first = start + c * C
                     if c * C + C <= length:
                         T.tma_copy(dv_s, dv[first : first + C, head, columns : columns + part])
