@@ -13,11 +13,9 @@ from qlakernels.gated_delta_rule.hopper.gate_gradients import TOKENS
 
 OUTPUTS = {  # of each kernel: the places of its outputs among its arguments
     "boundaries": [1],
-    "prepare": range(7, 11),
-    "forward": range(9, 13),
-    "expand": [6],
-    "reverse": range(9, 12),
-    "gradients": range(10, 14),
+    "forward": range(10, 14),
+    "reverse": range(10, 15),
+    "gradients": range(10, 15),
     "gate_gradients": range(6, 9),
 }
 OPTIONS = {
@@ -49,10 +47,10 @@ def launches(monkeypatch):
 
         return launch
 
-    def launchers(key_dim, value_dim, dtype, l2norm, gate, sigmoid, raw_dtype, beta_dtype, keep):
-        every = dict.fromkeys(("boundaries", "prepare", "forward"))
+    def launchers(key_dim, value_dim, dtype, l2norm, gate, sigmoid, raw_dtype, beta_dtype, keep, part):
+        every = dict.fromkeys(("boundaries", "forward"))
         if keep:
-            every |= dict.fromkeys(("expand", "reverse", "gradients"))
+            every |= dict.fromkeys(("reverse", "gradients"))
             if gate or sigmoid:
                 every["gate_gradients"] = None
         return {name: launching(name) for name in every}
@@ -84,10 +82,10 @@ def packed(inputs):
 def test_launches(launches):
     inputs = make_inputs(requires_grad=False)
     operator.run(**inputs, **OPTIONS)
-    assert launches == ["prepare", "forward"]
+    assert launches == ["forward"]
     launches.clear()
     operator.run(**packed(inputs), **OPTIONS | {"cu_seqlens": PACKED.long()})
-    assert launches == ["boundaries", "prepare", "forward"]
+    assert launches == ["boundaries", "forward"]
 
 
 @pytest.mark.parametrize("gates", [True, False])
@@ -103,7 +101,7 @@ def test_gradients(gates, launches):
     launches.clear()
     wanted = [x for x in inputs.values() if x is not None]
     gradients = torch.autograd.grad([o, final_state], wanted, [torch.ones_like(o), torch.ones_like(final_state)])
-    assert launches == ["prepare", "expand", "reverse", "gradients", *(["gate_gradients"] if gates else [])]
+    assert launches == ["reverse", "gradients", *(["gate_gradients"] if gates else [])]
     for x, gradient in zip(wanted, gradients, strict=True):
         assert gradient.shape == x.shape and gradient.dtype == x.dtype and gradient.isfinite().all()
     if gates:  # both sums over the blocks of tokens

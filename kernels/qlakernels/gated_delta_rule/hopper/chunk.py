@@ -12,8 +12,8 @@ N is strictly lower triangular and regular at β = 0. It is solved in blocks of 
     N_IJ     for the pairs (1, 0) and (3, 2): N_IJ = −(I + N_II β_I) L_IJ (I + β_J N_JJ)
     N_IJ     for I in {2, 3}, J in {0, 1}: the same with the blocks of 32 that are known by now
 
-in tensor-core products of 16×16 blocks, as N₂₁ = −(I + N₂₂ β₂) L₂₁ (I + β₁ N₁₁). Their operands are rounded to float16: entries of N stay within 1 for unit keys
-and β ≤ 2, and bfloat16 would double the error where keys repeat.
+in tensor-core products of 16×16 blocks, as N₂₁ = −(I + N₂₂ β₂) L₂₁ (I + β₁ N₁₁). Their operands are rounded to
+float16: entries of N stay within 1 for unit keys and β ≤ 2, and bfloat16 would double the error where keys repeat.
 
 One warp runs `make_gates`, two `make_query_vectors`, a warpgroup `make_key_vectors` and `make_N`, all ahead of the
 state; the consumers of the scans make P beside their products.
@@ -38,7 +38,9 @@ BLOCK = 16
 VECTORS = 12
 LOG2, BETA, GAMMA, RHO = range(4)  # of the gates
 ROW_P, OUTPUT = 4, 5  # of the queries
-LEFT_L, RIGHT_L, RIGHT_P, BAR, STATE_KAPPA, INTO_STATE = range(6, VECTORS)  # of the keys; STATE_KAPPA: γκ, or ρκ in reverse
+LEFT_L, RIGHT_L, RIGHT_P, BAR, STATE_KAPPA, INTO_STATE = range(
+    6, VECTORS
+)  # of the keys; STATE_KAPPA: γκ, or ρκ in reverse
 FAR = 80.0  # powers of two: decay over a chunk up to which it can be taken out of Γ
 ABBREVIATION = {"bfloat16": "bf16", "float16": "fp16"}
 
@@ -55,7 +57,7 @@ def load_gates(raw, g, beta, first, size, head, lane):
 
 @T.macro
 def make_gates(vec, stage, lane, raw, other, rate, bias, size, beta_factor, gate, sigmoid, gates, slot, head, write):
-    """vec[stage]'s vectors of the gates ← what `load_gates` left in raw, of `size` tokens; by a warp, two tokens a lane.
+    """vec[stage]'s vectors of the gates ← what `load_gates` left in raw, `size` tokens; by a warp, two tokens a lane.
 
     rate, bias: −exp(A_log) and dt_bias of the head. `write`: gates[slot, head] ← Σg and β as well.
     """
@@ -116,8 +118,8 @@ def square_rows(vec, stage, q_s, q_stage, top, lane, a, b, sums, key_dim, dtype)
 
 @T.macro
 def make_query_vectors(
-    vec, stage, i, q_s, q_stage, gates_full, parity, scale, a, b, sums, key_dim, dtype, l2norm, fold, norms, slot, group,
-    write,
+    vec, stage, i, q_s, q_stage, gates_full, parity, scale, a, b, sums, key_dim, dtype, l2norm, fold, norms, slot,
+    group, write,
 ):  # fmt: skip
     """vec[stage]'s vectors of the queries, by two warps, i the thread's token. `fold`: P takes the decay of rows.
 
@@ -181,7 +183,7 @@ def make_key_vectors(t, vec, stage, kk, dtype, l2norm, reverse, norms, slot, gro
 
 @T.macro
 def weigh(matrix, vec, stage, left, right):
-    """matrix_ij [C, C] ← 2^(left_i − right_j) matrix_ij, rows of vec; above the diagonal anything, infinity among it."""
+    """matrix_ij [C, C] ← 2^(left_i − right_j) matrix_ij, rows of vec; above the diagonal it may become infinite."""
     for i, j in T.Parallel(CHUNK, CHUNK):
         matrix[i, j] *= exp2(vec[stage, left, i] - vec[stage, right, j])
 
@@ -293,7 +295,9 @@ def make_N(
     # the block of 16: of its products only rows 8 to 15, columns 0 to 7 are wanted
     load_block(a, inner_s, top, top, lane, False)
     for x in T.unroll(8):
-        a[x] = 0.0 if x // 2 == 1 else T.cast(a[x], "float32") * vec[stage, BETA, top + lane % 4 * 2 + x % 2 + x // 4 * 8]
+        a[x] = (
+            0.0 if x // 2 == 1 else T.cast(a[x], "float32") * vec[stage, BETA, top + lane % 4 * 2 + x % 2 + x // 4 * 8]
+        )
     load_block(b, L_s, top, top, lane, True)
     for x in T.unroll(4):
         out[x] = L_s[top + 8 + lane // 4, top + lane % 4 * 2 + x % 2]
@@ -327,9 +331,9 @@ def make_N(
         multiply(out, 0, a, b)
         for half in T.unroll(4):
             for x in T.vectorized(2):
-                inner_s[
-                    top + lane // 4 + half % 2 * 8, top - BLOCK + half // 2 * 8 + lane % 4 * 2 + x
-                ] = out[half * 2 + x]
+                inner_s[top + lane // 4 + half % 2 * 8, top - BLOCK + half // 2 * 8 + lane % 4 * 2 + x] = out[
+                    half * 2 + x
+                ]
         store_block(N_s, place, out, 0, vec, stage, top, top - BLOCK, lane, fold_beta)
     T.sync_threads(barrier, 128)
     if warp >= 2:

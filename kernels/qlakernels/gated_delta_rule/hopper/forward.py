@@ -29,15 +29,14 @@ from tilelang.layout import make_full_bank_swizzled_layout
 
 from qlakernels.gated_delta_rule.hopper.chunk import (
     BAR,
-    BLOCK,
     FAR,
     GAMMA,
-    STATE_KAPPA,
     INTO_STATE,
     LOG2,
     OUTPUT,
     RIGHT_P,
     ROW_P,
+    STATE_KAPPA,
     VECTORS,
     clear_N,
     cut,
@@ -191,7 +190,12 @@ def forward_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
                     T.warpgroup_fence_operand(O, num_regs=32)
                     wait(query_full, stage, c // STAGES % 2)
                     T.wgmma_gemm(
-                        q_s[c % Q_STAGES, :, :], k_s[stage, :, :], Pf, transpose_B=True, clear_accum=True, policy=columns_first
+                        q_s[c % Q_STAGES, :, :],
+                        k_s[stage, :, :],
+                        Pf,
+                        transpose_B=True,
+                        clear_accum=True,
+                        policy=columns_first,
                     )
                     wait(v_full, 0, c % 2)
                     T.copy(v_s, v_f)
@@ -243,9 +247,7 @@ def forward_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
                     T.sync_threads(1, consumers)
                     if keep:
                         if c % (STATE_STRIDE // C) == 0:
-                            T.tma_copy(
-                                S_s, states[slot + c // (STATE_STRIDE // C), head, columns : columns + part, :]
-                            )
+                            T.tma_copy(S_s, states[slot + c // (STATE_STRIDE // C), head, columns : columns + part, :])
                     first = start + c * C
                     if c * C + C <= length:
                         T.tma_copy(o_s, o[first : first + C, head, columns : columns + part])
@@ -322,7 +324,10 @@ def forward_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
                                 if row < part and p * part + row < V:
                                     for x in T.vectorized(8):
                                         states[
-                                            slot + used, head, p * part + row, (block * 32 + thread % 32) % (K // 8) * 8 + x
+                                            slot + used,
+                                            head,
+                                            p * part + row,
+                                            (block * 32 + thread % 32) % (K // 8) * 8 + x,
                                         ] = 0
                     lane = thread % 32
                     rate = T.alloc_var("float32", init=0.0)
@@ -338,7 +343,21 @@ def forward_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
                         load_gates(next_raw, g, beta, start + (c + 1) * C, length - (c + 1) * C, head, lane)
                         wait(k_empty, stage, (c // STAGES + 1) % 2)
                         make_gates(
-                            vec, stage, lane, raw, other, rate, bias, length - c * C, beta_factor, gate, sigmoid, None, 0, 0, False
+                            vec,
+                            stage,
+                            lane,
+                            raw,
+                            other,
+                            rate,
+                            bias,
+                            length - c * C,
+                            beta_factor,
+                            gate,
+                            sigmoid,
+                            None,
+                            0,
+                            0,
+                            False,
                         )
                         arrive(gates_full, stage)
                 else:

@@ -1,6 +1,6 @@
 """From the gradients of the decay g and of the step size β to those of what they are made of, in one pass.
 
-With y = a + dt_bias and x the logit of β, as `prepare` reads them,
+With y = a + dt_bias and x the logit of β, as `chunk` reads them,
 
     g = −exp(A_log) softplus(y)     da = dg · −exp(A_log) σ(y)           dA_log = Σ dg · g     ddt_bias = Σ da
     β = m σ(x)                      dx = dβ · m σ(x) (1 − σ(x))          m: 1, or 2 with doubling

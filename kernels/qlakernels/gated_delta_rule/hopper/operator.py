@@ -1,7 +1,8 @@
 """The gated delta rule on Hopper as a differentiable torch operator.
 
 Forward: F scans. Backward: R scans in reverse, G carries the kept states on and makes the gradients, and a small kernel
-takes them to the raw gates. Kept in between, per token and value head: W and a state every 256 tokens; besides, the inputs.
+takes them to the raw gates. Kept in between, per token and value head: W and a state every 256 tokens; besides, the
+inputs.
 Documents are told apart on the device alone: nothing here reads the values of `cu_seqlens`.
 
 The two operators are defined with `torch.library.Library` and their own autograd kernel: `torch.library.custom_op`

@@ -21,14 +21,13 @@ from tilelang.layout import make_full_bank_swizzled_layout
 from qlakernels.gated_delta_rule.hopper.chunk import (
     BAR,
     BETA,
-    BLOCK,
     GAMMA,
     INTO_STATE,
     LOG2,
     OUTPUT,
-    STATE_KAPPA,
     RIGHT_L,
     ROW_P,
+    STATE_KAPPA,
     VECTORS,
     clear_N,
     cut,
@@ -162,7 +161,12 @@ def reverse_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
                     wait(k_full, stage, step // STAGES % 2)
                     wait(q_full, step % Q_STAGES, step // Q_STAGES % 2)
                     T.wgmma_gemm(
-                        q_s[step % Q_STAGES, :, :], k_s[stage, :, :], Pf, transpose_B=True, clear_accum=True, policy=columns_first
+                        q_s[step % Q_STAGES, :, :],
+                        k_s[stage, :, :],
+                        Pf,
+                        transpose_B=True,
+                        clear_accum=True,
+                        policy=columns_first,
                     )
                     T.wgmma_gemm(dS_r, k_s[stage, :, :], D, transpose_B=True, clear_accum=True, policy=rows_first)
                     wait(query_full, stage, step // STAGES % 2)
@@ -269,7 +273,9 @@ def reverse_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
                         wait(q_empty, step % Q_STAGES, (step // Q_STAGES + 1) % 2)
                         if left_rows >= C:
                             T.tma_copy(
-                                q[first : first + C, group, :], q_s[step % Q_STAGES, :, :], barrier=q_full[step % Q_STAGES]
+                                q[first : first + C, group, :],
+                                q_s[step % Q_STAGES, :, :],
+                                barrier=q_full[step % Q_STAGES],
                             )
                         else:
                             load_tail(q_s, step % Q_STAGES, q, first, group, 0, left_rows, K)
@@ -301,7 +307,21 @@ def reverse_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
                             load_gates(next_raw, g, beta, start + (c - 1) * C, C, head, lane)
                         wait(k_empty, stage, (step // STAGES + 1) % 2)
                         make_gates(
-                            vec, stage, lane, raw, other, rate, bias, length - c * C, beta_factor, gate, sigmoid, gates, slot + c, head, True
+                            vec,
+                            stage,
+                            lane,
+                            raw,
+                            other,
+                            rate,
+                            bias,
+                            length - c * C,
+                            beta_factor,
+                            gate,
+                            sigmoid,
+                            gates,
+                            slot + c,
+                            head,
+                            True,
                         )
                         arrive(gates_full, stage)
                 else:
@@ -313,13 +333,13 @@ def reverse_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
                         wait(q_full, step % Q_STAGES, step // Q_STAGES % 2)
                         if p == 0 and head % ratio == 0:
                             make_query_vectors(
-                                vec, stage, i, q_s, step % Q_STAGES, gates_full, step // STAGES % 2, scale, a_, b_, out, K,
-                                dtype, l2norm, False, norms, slot + c, group, True,
+                                vec, stage, i, q_s, step % Q_STAGES, gates_full, step // STAGES % 2, scale, a_, b_, out,
+                                K, dtype, l2norm, False, norms, slot + c, group, True,
                             )  # fmt: skip
                         else:
                             make_query_vectors(
-                                vec, stage, i, q_s, step % Q_STAGES, gates_full, step // STAGES % 2, scale, a_, b_, out, K,
-                                dtype, l2norm, False, norms, slot + c, group, False,
+                                vec, stage, i, q_s, step % Q_STAGES, gates_full, step // STAGES % 2, scale, a_, b_, out,
+                                K, dtype, l2norm, False, norms, slot + c, group, False,
                             )  # fmt: skip
                         arrive(query_full, stage)
 
