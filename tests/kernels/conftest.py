@@ -1,4 +1,7 @@
-"""The record of errors: with QLATRAIN_ERRORS_JSON set, the worst of each test and tensor is written to that file."""
+"""The record of errors: with QLATRAIN_ERRORS_JSON set, the worst of each test and tensor is written to that file.
+
+Under pytest-xdist each worker writes a file of its own, with its name behind.
+"""
 
 import os
 
@@ -11,4 +14,5 @@ def error_record():
     if path := os.environ.get("QLATRAIN_ERRORS_JSON"):
         import hopper_helpers
 
-        hopper_helpers.write_record(path)
+        worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+        hopper_helpers.write_record(path + (f".{worker}" if worker else ""))
