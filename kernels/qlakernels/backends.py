@@ -30,15 +30,11 @@ class Call:
 
 @dataclass(frozen=True)
 class Backend:
-    """`refuses(call)` returns None when this backend can run the call, otherwise the reason in a few words.
-
-    `unproven`: why `auto` passes over it; asked for by name, it runs.
-    """
+    """`refuses(call)` returns None when this backend can run the call, otherwise the reason in a few words."""
 
     name: str
     refuses: Callable[[Call], str | None]
     run: Callable
-    unproven: str | None = None
 
 
 class BackendRefused(ValueError):
@@ -86,7 +82,7 @@ def select(operator: str, name: str, call: Call) -> Backend:
     else:
         refusals = {}
         for chosen, backend in backends.items():
-            reason = backend.refuses(call) or backend.unproven
+            reason = backend.refuses(call)
             if reason is None:
                 break
             refusals[chosen] = reason

@@ -213,20 +213,6 @@ def test_the_first_that_can_run_is_taken(monkeypatch, nothing_decided):
     ]
 
 
-def test_auto_passes_over_what_is_unproven(monkeypatch, nothing_decided, caplog):
-    monkeypatch.setattr(backends, "_registry", {})
-    backends.register("op", backends.Backend("new", lambda call: None, None, unproven="wrong now and then"))
-    backends.register("op", backends.Backend("old", lambda call: None, None))
-    call = backends.Call(torch.device("cpu"), torch.float32, 1, 1)
-    with caplog.at_level("INFO", logger="qlakernels"):
-        assert backends.select("op", "auto", call).name == "old"
-        assert backends.select("op", "new", call).name == "new"
-    assert [record.getMessage() for record in caplog.records] == [
-        "op: backend old on cpu (not new: wrong now and then)",
-        "op: backend new on cpu (asked for)",
-    ]
-
-
 def test_one_line_for_each_decision(inputs, caplog, nothing_decided):
     caplog.set_level(logging.INFO, logger="qlakernels")
 

@@ -170,8 +170,7 @@ def _run_tilelang(**arguments):
     return run(**arguments)
 
 
-UNPROVEN = "its forward was wrong now and then on a full GPU, and the mend is not confirmed yet (docs/kernels.md)"
-register(OPERATOR, Backend("tilelang", _refuses_tilelang, _run_tilelang, UNPROVEN))
+register(OPERATOR, Backend("tilelang", _refuses_tilelang, _run_tilelang))
 register(OPERATOR, Backend("flash_qla", peers.refuses_flash_qla, peers.run_flash_qla))
 register(OPERATOR, Backend("fla", peers.refuses_fla, peers.run_fla))
 register(OPERATOR, Backend("torch", lambda call: None, _run_torch))

@@ -41,6 +41,7 @@ ROW_P, OUTPUT = 4, 5  # of the queries
 LEFT_L, RIGHT_L, RIGHT_P, BAR, STATE_KAPPA, INTO_STATE = range(
     6, VECTORS
 )  # of the keys; STATE_KAPPA: γκ, or ρκ in reverse
+LEAST_DECAY = -104.0  # its exponential is 0 in float32; sums over a chunk keep the digits of the others
 FAR = 80.0  # powers of two: decay over a chunk up to which it can be taken out of Γ
 ABBREVIATION = {"bfloat16": "bf16", "float16": "fp16"}
 
@@ -68,6 +69,7 @@ def make_gates(vec, stage, lane, raw, other, rate, bias, size, beta_factor, gate
             # softplus, without overflow and without loss where it is small
             soft = T.max(y, 0.0) + T.log1p(T.exp(-T.abs(y)))
             raw[half] = T.if_then_else(token < size, rate * soft, 0.0)
+        raw[half] = T.max(raw[half], LEAST_DECAY)
         if sigmoid:
             raw[2 + half] = T.if_then_else(token < size, beta_factor / (1.0 + T.exp(-raw[2 + half])), 0.0)
         for step in T.unroll(5):

@@ -11,6 +11,7 @@ costs 70 µs more in each call that wants gradients.
 
 import math
 from collections.abc import Callable
+from contextlib import contextmanager, suppress
 from functools import cache
 
 import torch
@@ -154,6 +155,18 @@ def _boundaries(launch, q, cu_seqlens) -> tuple[torch.Tensor, torch.Tensor]:
     return cu_seqlens, order
 
 
+@contextmanager
+def _heard(cu_seqlens):
+    """What the device has against boundaries is printed by the next wait, which an error in between would forgo."""
+    try:
+        yield
+    except RuntimeError:
+        if cu_seqlens is not None and cu_seqlens.is_cuda:
+            with suppress(RuntimeError):
+                torch.cuda.synchronize(cu_seqlens.device)
+        raise
+
+
 def _gate_parameters(A_log, dt_bias, heads, device):
     """Both as float32 [heads]; zeros for one that is not there, which the gate reads as no bias, and nobody else."""
     return tuple(
@@ -188,27 +201,28 @@ def _forward(
     part = _part(_documents(q, cu_seqlens) * heads, value_dim, q.device)
     launch = _launchers(key_dim, value_dim, q.dtype, l2norm, gate, sigmoid, g.dtype, beta.dtype, keep, part)
     A_log, dt_bias = _gate_parameters(A_log, dt_bias, heads, q.device)
-    cu, order = _boundaries(launch, q, cu_seqlens)
-    q, k, v, g, beta = tiles(q), tiles(k), tiles(v), rows(g), rows(beta)
-    launch["forward"](
-        q,
-        k,
-        v,
-        g,
-        beta,
-        A_log,
-        dt_bias,
-        cu,
-        order,
-        initial_state,
-        tokens_first(o),
-        W,
-        states,
-        final_state,
-        scale,
-        2.0 if neg else 1.0,
-        heads // groups,
-    )
+    with _heard(cu_seqlens):
+        cu, order = _boundaries(launch, q, cu_seqlens)
+        q, k, v, g, beta = tiles(q), tiles(k), tiles(v), rows(g), rows(beta)
+        launch["forward"](
+            q,
+            k,
+            v,
+            g,
+            beta,
+            A_log,
+            dt_bias,
+            cu,
+            order,
+            initial_state,
+            tokens_first(o),
+            W,
+            states,
+            final_state,
+            scale,
+            2.0 if neg else 1.0,
+            heads // groups,
+        )
     return o, final_state, W, states, (cu.new_empty(0) if cu_seqlens is None else order)
 
 
