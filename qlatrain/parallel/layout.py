@@ -4,6 +4,7 @@ Everything outside this file treats parameters, gradients and optimizer states t
 tensors' own elementwise operations) and never assumes that it holds a whole parameter.
 """
 
+import atexit
 import os
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -35,6 +36,10 @@ class Layout:
         self.rank = self.accelerator.process_index
         self.world_size = self.accelerator.num_processes
         self.is_main = self.accelerator.is_main_process
+        if self.world_size > 1:
+            atexit.register(
+                torch.distributed.destroy_process_group
+            )  # its threads would abort the process, now and then
         if self.device.type == "cpu":
             # Strong decay makes products below 1e-38; a CPU takes about 100 cycles for each: measured 7 times slower
             # steps at initialisation. Threads inherit the setting, so it stands before the first parallel operation.
