@@ -47,10 +47,8 @@ HEAD_SIZES = [(key_dim, value_dim) for key_dim in (64, 96, 128) for value_dim in
 @pytest.mark.parametrize("part", [64, 128])
 @pytest.mark.parametrize(("key_dim", "value_dim"), HEAD_SIZES)
 def test_head_sizes(key_dim, value_dim, part, monkeypatch):
-    """With blocks of 64 rows of V, as where they are few, and of 128."""
-    if part == 128 and value_dim <= 64:
-        return
-    monkeypatch.setattr(operator, "_part", lambda *_: part)
+    """With blocks of 64 rows of V and all prepared, as where scans are few, and of 128."""
+    monkeypatch.setattr(operator, "_plan", lambda *_: (min(part, value_dim if value_dim <= 64 else 128), part == 64))
     shape = {"key_dim": key_dim, "value_dim": value_dim}
     check(raw_inputs(lengths=[70, 0, 1, 200], decay=0.05, **shape), lengths=[70, 0, 1, 200], **ALL_OPTIONS)
     check(raw_inputs(tokens=600, batch=2, seed=1, **shape), seed=1, **ALL_OPTIONS)

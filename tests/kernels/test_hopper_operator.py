@@ -13,6 +13,8 @@ from qlakernels.gated_delta_rule.hopper.gate_gradients import TOKENS
 
 OUTPUTS = {  # of each kernel: the places of its outputs among its arguments
     "boundaries": [1],
+    "prepare": range(7, 12),
+    "prepare_reverse": range(7, 12),
     "forward": range(10, 14),
     "reverse": range(10, 15),
     "gradients": range(10, 15),
@@ -47,8 +49,8 @@ def launches(monkeypatch):
 
         return launch
 
-    def launchers(key_dim, value_dim, dtype, l2norm, gate, sigmoid, raw_dtype, beta_dtype, keep, part):
-        every = dict.fromkeys(("boundaries", "forward"))
+    def launchers(key_dim, value_dim, dtype, l2norm, gate, sigmoid, raw_dtype, beta_dtype, keep, part, ready):
+        every = dict.fromkeys(("boundaries", "prepare", "prepare_reverse", "forward"))
         if keep:
             every |= dict.fromkeys(("reverse", "gradients"))
             if gate or sigmoid:
@@ -82,10 +84,10 @@ def packed(inputs):
 def test_launches(launches):
     inputs = make_inputs(requires_grad=False)
     operator.run(**inputs, **OPTIONS)
-    assert launches == ["forward"]
+    assert launches == ["prepare", "forward"]
     launches.clear()
     operator.run(**packed(inputs), **OPTIONS | {"cu_seqlens": PACKED.long()})
-    assert launches == ["boundaries", "forward"]
+    assert launches == ["boundaries", "prepare", "forward"]
 
 
 @pytest.mark.parametrize("gates", [True, False])
@@ -101,7 +103,7 @@ def test_gradients(gates, launches):
     launches.clear()
     wanted = [x for x in inputs.values() if x is not None]
     gradients = torch.autograd.grad([o, final_state], wanted, [torch.ones_like(o), torch.ones_like(final_state)])
-    assert launches == ["reverse", "gradients", *(["gate_gradients"] if gates else [])]
+    assert launches == ["prepare_reverse", "reverse", "gradients", *(["gate_gradients"] if gates else [])]
     for x, gradient in zip(wanted, gradients, strict=True):
         assert gradient.shape == x.shape and gradient.dtype == x.dtype and gradient.isfinite().all()
     if gates:  # both sums over the blocks of tokens

@@ -26,6 +26,7 @@ from qlakernels.gated_delta_rule.hopper.common import (
     CHUNK,
     L2_EPS,
     LOG2E,
+    arrive,
     exp2,
     log2,
     release_tiles,
@@ -34,6 +35,9 @@ from qlakernels.gated_delta_rule.hopper.common import (
 )
 
 BLOCK = 16
+STAGES = 3  # of k and the vectors in a scan
+Q_STAGES = 2
+PLACES = 2  # of N and P
 # rows of a chunk's vectors in shared memory, [VECTORS, CHUNK] in float32
 VECTORS = 12
 LOG2, BETA, GAMMA, RHO = range(4)  # of the gates
@@ -365,3 +369,90 @@ def make_N(
         for J in T.unroll(2):
             store_block(N_s, place, out, J * 2, vec, stage, top, J * BLOCK, lane, fold_beta)
     release_tiles()
+
+
+@T.macro
+def bring_made(N, P, vectors, slot, head, N_s, P_s, vec, made_full, made_empty, step):
+    """What `prepare` made of a chunk, to the places of this step of a scan; by a warp."""
+    place = step % PLACES
+    wait(made_empty, place, (step // PLACES + 1) % 2)
+    T.tma_copy(N[slot, head, :, :], N_s[place, :, :], barrier=made_full[place])
+    T.tma_copy(P[slot, head, :, :], P_s[place, :, :], barrier=made_full[place])
+    T.tma_copy(vectors[slot, head, :, :], vec[place, :, :], barrier=made_full[place])
+    arrive(made_full, place)
+
+
+@T.macro
+def serve_gates(
+    vec, lane, raw, next_raw, other, g, beta, A_log, dt_bias, start, length, chunks, head, beta_factor, k_empty,
+    gates_full, gate, sigmoid, reverse, gates, slot,
+):  # fmt: skip
+    """The role of a scan's warp that makes the gates of its chunks, from the last to the first if `reverse`."""
+    rate = T.alloc_var("float32", init=0.0)
+    bias = T.alloc_var("float32", init=0.0)
+    if gate:
+        rate = -T.exp(A_log[head])
+        bias = dt_bias[head]
+    if chunks > 0:
+        first_chunk = chunks - 1 if reverse else 0
+        load_gates(next_raw, g, beta, start + first_chunk * CHUNK, length - first_chunk * CHUNK, head, lane)
+    for step in T.serial(chunks):
+        c = chunks - 1 - step if reverse else step
+        for x in T.unroll(4):
+            raw[x] = next_raw[x]
+        if step + 1 < chunks:
+            then = c - 1 if reverse else c + 1
+            load_gates(next_raw, g, beta, start + then * CHUNK, length - then * CHUNK, head, lane)
+        wait(k_empty, step % STAGES, (step // STAGES + 1) % 2)
+        make_gates(
+            vec, step % STAGES, lane, raw, other, rate, bias, length - c * CHUNK, beta_factor, gate, sigmoid, gates,
+            slot + c, head, reverse,
+        )  # fmt: skip
+        arrive(gates_full, step % STAGES)
+
+
+@T.macro
+def serve_queries(
+    vec, i, q_s, q_full, k_empty, gates_full, query_full, chunks, scale, a, b, sums, key_dim, dtype, l2norm, fold,
+    reverse, norms, slot, group, write,
+):  # fmt: skip
+    """The role of a scan's two warps that make the vectors of the queries. `write`, if `reverse`: norms as well."""
+    for step in T.serial(chunks):
+        wait(k_empty, step % STAGES, (step // STAGES + 1) % 2)
+        wait(q_full, step % Q_STAGES, step // Q_STAGES % 2)
+        if reverse and write:
+            make_query_vectors(
+                vec, step % STAGES, i, q_s, step % Q_STAGES, gates_full, step // STAGES % 2, scale, a, b, sums, key_dim,
+                dtype, l2norm, fold, norms, slot + chunks - 1 - step, group, True,
+            )  # fmt: skip
+        else:
+            make_query_vectors(
+                vec, step % STAGES, i, q_s, step % Q_STAGES, gates_full, step // STAGES % 2, scale, a, b, sums, key_dim,
+                dtype, l2norm, fold, norms, slot, group, False,
+            )  # fmt: skip
+        arrive(query_full, step % STAGES)
+
+
+@T.macro
+def serve_keys(
+    t, barrier, k_s, vec, N_s, L_s, inner_s, block_s, kk, a, b, c, out, column, k_full, gates_full, key_full, made_full,
+    made_empty, chunks, dtype, l2norm, reverse, norms, slot, group, write,
+):  # fmt: skip
+    """The role of a scan's warpgroup that makes the vectors of the keys and N. `write`, if `reverse`: norms as well."""
+    clear_N(N_s, PLACES, inner_s)
+    for step in T.serial(chunks):
+        stage = step % STAGES
+        wait(k_full, stage, step // STAGES % 2)
+        T.gemm(k_s[stage, :, :], k_s[stage, :, :], kk, transpose_B=True, clear_accum=True)
+        wait(gates_full, stage, step // STAGES % 2)
+        if reverse and write:
+            make_key_vectors(t, vec, stage, kk, dtype, l2norm, reverse, norms, slot + chunks - 1 - step, group, True)
+        else:
+            make_key_vectors(t, vec, stage, kk, dtype, l2norm, reverse, norms, slot, group, False)
+        T.sync_threads(barrier, 128)
+        arrive(key_full, stage)
+        make_N(
+            t, barrier, vec, stage, N_s, step % PLACES, L_s, inner_s, block_s, kk, a, b, c, out, column, made_empty,
+            (step // PLACES + 1) % 2, not reverse,
+        )  # fmt: skip
+        arrive(made_full, step % PLACES)

@@ -34,17 +34,18 @@ from qlakernels.gated_delta_rule.hopper.chunk import (
     INTO_STATE,
     LOG2,
     OUTPUT,
+    PLACES,
+    Q_STAGES,
     RIGHT_P,
     ROW_P,
+    STAGES,
     STATE_KAPPA,
     VECTORS,
-    clear_N,
+    bring_made,
     cut,
-    load_gates,
-    make_gates,
-    make_key_vectors,
-    make_N,
-    make_query_vectors,
+    serve_gates,
+    serve_keys,
+    serve_queries,
     weigh,
 )
 from qlakernels.gated_delta_rule.hopper.common import (
@@ -61,14 +62,13 @@ from qlakernels.gated_delta_rule.hopper.common import (
     wait,
 )
 
-STAGES = 3  # of k and the vectors
-Q_STAGES = 2
-PLACES = 2  # of N and P
-REGISTERS = {1: (216, 168, 120), 2: (192, 88, 40)}  # consumers → of a thread of consumers, auxiliary, producer
+# consumers, is all prepared → registers of a thread of consumers, auxiliary, producer; 0: as many as there are
+REGISTERS = {(1, False): (216, 168, 120), (2, False): (192, 88, 40), (1, True): (0, 0, 0), (2, True): (232, 0, 40)}
 
 
-def forward_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_dtype, beta_dtype, keep):
-    """`part`: rows of V a block takes, 64 or 128. `keep`: write W and the states that the backward needs."""
+def forward_kernel(key_dim, value_dim, dtype, part, ready, l2norm, gate, sigmoid, raw_dtype, beta_dtype, keep):
+    """`part`: rows of V a block takes, 64 or 128. `ready`: what is made of a chunk comes from `prepare`. `keep`: write
+    W and the states that the backward needs."""
     C = CHUNK
     K, V = key_dim, value_dim
     warpgroups = part // 64
@@ -76,13 +76,15 @@ def forward_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
     folded = folds_decay(dtype)
     rows_first = T.GemmWarpPolicy.FullRow
     columns_first = T.GemmWarpPolicy.FullCol
-    registers, auxiliary_registers, producer_registers = REGISTERS[warpgroups]
+    base = consumers if ready else consumers + 128  # the producer's first thread
+    threads = base + 128
+    registers, auxiliary_registers, producer_registers = REGISTERS[warpgroups, ready]
     tokens, heads, groups = T.dynamic("tokens"), T.dynamic("heads"), T.dynamic("groups")
     documents, kept, starts, ends = (T.dynamic(x) for x in ("documents", "kept", "starts", "ends"))
     q_token, q_head = T.dynamic("q_token"), T.dynamic("q_head")
     k_token, k_head = T.dynamic("k_token"), T.dynamic("k_head")
     v_token, v_head = T.dynamic("v_token"), T.dynamic("v_head")
-    g_token, b_token = T.dynamic("g_token"), T.dynamic("b_token")
+    g_token, b_token, prepared = T.dynamic("g_token"), T.dynamic("b_token"), T.dynamic("prepared")
     written = T.dynamic("written")
 
     @T.prim_func
@@ -101,11 +103,14 @@ def forward_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
         W: T.Tensor((written, heads, V), dtype),
         states: T.Tensor((kept, heads, V, K), dtype),
         final_state: T.Tensor((ends, heads, K, V), "float32"),
+        N: T.Tensor((prepared, heads, C, C), dtype),
+        P: T.Tensor((prepared, heads, C, C), dtype),
+        vectors: T.Tensor((prepared, heads, VECTORS, C), "float32"),
         scale: T.float32,
         beta_factor: T.float32,
         ratio: T.int32,
     ):
-        with T.Kernel(T.ceildiv(V, part), heads, documents, threads=consumers + 256) as (p, head, turn):
+        with T.Kernel(T.ceildiv(V, part), heads, documents, threads=threads) as (p, head, turn):
             T.import_source(PRELUDE)
             q_s = T.alloc_shared((Q_STAGES, C, K), dtype)
             k_s = T.alloc_shared((STAGES, C, K), dtype)
@@ -142,7 +147,8 @@ def forward_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
             v_full, v_empty = T.alloc_barrier([32]), T.alloc_barrier([consumers])
             gates_full, query_full = T.alloc_barrier([32] * STAGES), T.alloc_barrier([64] * STAGES)
             key_full = T.alloc_barrier([128] * STAGES)
-            made_full, made_empty = T.alloc_barrier([128] * PLACES), T.alloc_barrier([consumers] * PLACES)
+            made_full = T.alloc_barrier([32 if ready else 128] * PLACES)
+            made_empty = T.alloc_barrier([consumers] * PLACES)
             P_full = T.alloc_barrier([consumers] * PLACES)
             T.annotate_layout(
                 {f: transposed_accumulator(part) for f in (v_f, W_f, o_f)}
@@ -162,9 +168,12 @@ def forward_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
             chunks = T.ceildiv(length, C)
             slot = T.alloc_var("int32")
             slot = start // STATE_STRIDE + document
+            chunk_slot = T.alloc_var("int32")
+            chunk_slot = start // C + document
 
             if thread < consumers:
-                T.set_max_nreg(registers, 1)
+                if registers:
+                    T.set_max_nreg(registers, 1)
                 columns = p * part
                 if starts > 0:
                     for i, j in T.Parallel(part, K):
@@ -173,6 +182,7 @@ def forward_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
                     T.clear(S)
                 for c in T.serial(chunks):
                     stage = c % STAGES
+                    at = c % PLACES if ready else stage  # of the vectors
                     T.copy(S, S_r)
                     if keep:
                         if c % (STATE_STRIDE // C) == 0:
@@ -181,61 +191,70 @@ def forward_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
                     T.wgmma_gemm(S_r, k_s[stage, :, :], X, transpose_B=True, clear_accum=True, policy=rows_first)
                     wait(q_full, c % Q_STAGES, c // Q_STAGES % 2)
                     T.wgmma_gemm(S_r, q_s[c % Q_STAGES, :, :], O, transpose_B=True, clear_accum=True, policy=rows_first)
-                    wait(key_full, stage, c // STAGES % 2)
+                    if ready:
+                        wait(made_full, c % PLACES, c // PLACES % 2)
+                    else:
+                        wait(key_full, stage, c // STAGES % 2)
                     T.wait_wgmma(1)
                     T.warpgroup_fence_operand(X, num_regs=32)
                     for i, j in T.Parallel(part, C):
-                        X[i, j] *= -vec[stage, STATE_KAPPA, j]
+                        X[i, j] *= -vec[at, STATE_KAPPA, j]
                     T.wait_wgmma(0)
                     T.warpgroup_fence_operand(O, num_regs=32)
-                    wait(query_full, stage, c // STAGES % 2)
-                    T.wgmma_gemm(
-                        q_s[c % Q_STAGES, :, :],
-                        k_s[stage, :, :],
-                        Pf,
-                        transpose_B=True,
-                        clear_accum=True,
-                        policy=columns_first,
-                    )
+                    if ready:
+                        arrive(q_empty, c % Q_STAGES)
+                    else:
+                        wait(query_full, stage, c // STAGES % 2)
+                        T.wgmma_gemm(
+                            q_s[c % Q_STAGES, :, :],
+                            k_s[stage, :, :],
+                            Pf,
+                            transpose_B=True,
+                            clear_accum=True,
+                            policy=columns_first,
+                        )
                     wait(v_full, 0, c % 2)
                     T.copy(v_s, v_f)
                     for i, j in T.Parallel(part, C):
                         X[i, j] += T.cast(v_f[j, i], "float32")
                     release_tiles()  # v has been read when its place is given back: see common
                     arrive(v_empty, 0)
-                    wait(made_full, c % PLACES, c // PLACES % 2)
+                    if not ready:
+                        wait(made_full, c % PLACES, c // PLACES % 2)
                     T.copy(X, left)
                     T.wgmma_gemm(left, N_s[c % PLACES, :, :], X, transpose_B=True, policy=rows_first)
-                    T.wait_wgmma(1)
-                    T.warpgroup_fence_operand(Pf, num_regs=C * C // consumers)
-                    arrive(q_empty, c % Q_STAGES)
-                    for i, j in T.Parallel(C, C):
-                        Pf[i, j] *= vec[stage, ROW_P, i]
-                    if not folded or vec[stage, LOG2, C - 1] <= -FAR:
-                        weigh(Pf, vec, stage, LOG2, RIGHT_P)
-                    cut(Pf, C * C // consumers, False)
-                    T.copy(Pf, P_s[c % PLACES, :, :])
-                    release_tiles()
-                    arrive(P_full, c % PLACES)
+                    if not ready:
+                        T.wait_wgmma(1)
+                        T.warpgroup_fence_operand(Pf, num_regs=C * C // consumers)
+                        arrive(q_empty, c % Q_STAGES)
+                        for i, j in T.Parallel(C, C):
+                            Pf[i, j] *= vec[at, ROW_P, i]
+                        if not folded or vec[at, LOG2, C - 1] <= -FAR:
+                            weigh(Pf, vec, at, LOG2, RIGHT_P)
+                        cut(Pf, C * C // consumers, False)
+                        T.copy(Pf, P_s[c % PLACES, :, :])
+                        release_tiles()
+                        arrive(P_full, c % PLACES)
                     for i, j in T.Parallel(part, C):
-                        O[i, j] *= vec[stage, OUTPUT, j]
+                        O[i, j] *= vec[at, OUTPUT, j]
                     for i, j in T.Parallel(part, K):
-                        S[i, j] *= vec[stage, GAMMA, C - 1]
+                        S[i, j] *= vec[at, GAMMA, C - 1]
                     T.wait_wgmma(0)
                     T.warpgroup_fence_operand(X, num_regs=32)
                     for i, j in T.Parallel(part, C):
-                        W_f[j, i] = X[i, j] * vec[stage, BAR, j]
+                        W_f[j, i] = X[i, j] * vec[at, BAR, j]
                     for i, j in T.Parallel(part, C):
                         left[i, j] = W_f[j, i]
                     T.tma_store_wait(0)
                     T.sync_threads(1, consumers)  # the outputs of the chunk before have left o_s and W_s
                     if keep:
                         T.copy(W_f, W_s)
-                    wait(P_full, c % PLACES, c // PLACES % 2)
+                    if not ready:
+                        wait(P_full, c % PLACES, c // PLACES % 2)
                     T.wgmma_gemm(left, P_s[c % PLACES, :, :], O, transpose_B=True, policy=rows_first)
                     if not folded:
                         for i, j in T.Parallel(part, C):
-                            into[i, j] = T.cast(W_f[j, i], "float32") * vec[stage, INTO_STATE, j]
+                            into[i, j] = T.cast(W_f[j, i], "float32") * vec[at, INTO_STATE, j]
                     T.wgmma_gemm(left if folded else into, k_s[stage, :, :], S, policy=rows_first)
                     T.wait_wgmma(1)
                     T.warpgroup_fence_operand(O, num_regs=32)
@@ -268,25 +287,17 @@ def forward_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
                     for i, j in T.Parallel(part, K):
                         final_state[document, head, j, columns + i] = S[i, j]
                 T.tma_store_wait(0)
-            elif thread < consumers + 128:
+            elif thread < base:
                 T.set_max_nreg(auxiliary_registers, 0)
-                clear_N(N_s, PLACES, inner_s)
-                for c in T.serial(chunks):
-                    stage = c % STAGES
-                    wait(k_full, stage, c // STAGES % 2)
-                    T.gemm(k_s[stage, :, :], k_s[stage, :, :], kk, transpose_B=True, clear_accum=True)
-                    wait(gates_full, stage, c // STAGES % 2)
-                    make_key_vectors(thread - consumers, vec, stage, kk, dtype, l2norm, False, None, 0, 0, False)
-                    T.sync_threads(7, 128)
-                    arrive(key_full, stage)
-                    make_N(
-                        thread - consumers, 7, vec, stage, N_s, c % PLACES, L_s, inner_s, block_s, kk, a, b, c_, out,
-                        column, made_empty, (c // PLACES + 1) % 2, True,
-                    )  # fmt: skip
-                    arrive(made_full, c % PLACES)
+                serve_keys(
+                    thread - consumers, 7, k_s, vec, N_s, L_s, inner_s, block_s, kk, a, b, c_, out, column, k_full,
+                    gates_full, key_full, made_full, made_empty, chunks, dtype, l2norm, False, None, 0, group,
+                    False,
+                )  # fmt: skip
             else:
-                T.set_max_nreg(producer_registers, 0)
-                if thread < consumers + 160:
+                if registers:
+                    T.set_max_nreg(producer_registers, 0)
+                if thread < base + 32:
                     for c in T.serial(chunks):
                         stage = c % STAGES
                         wait(k_empty, stage, (c // STAGES + 1) % 2)
@@ -315,7 +326,9 @@ def forward_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
                             load_tail_of(v_s, v, first, head, columns, left_rows, part)
                             release_tiles()
                         arrive(v_full, 0)
-                elif thread < consumers + 192:
+                        if ready:
+                            bring_made(N, P, vectors, chunk_slot + c, head, N_s, P_s, vec, made_full, made_empty, c)
+                elif thread < base + 64:
                     if keep:  # the place that no state of this document takes, if there is one
                         used = T.ceildiv(length, STATE_STRIDE)
                         if slot + used < (start + length) // STATE_STRIDE + document + 1:
@@ -329,47 +342,17 @@ def forward_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
                                             p * part + row,
                                             (block * 32 + thread % 32) % (K // 8) * 8 + x,
                                         ] = 0
-                    lane = thread % 32
-                    rate = T.alloc_var("float32", init=0.0)
-                    bias = T.alloc_var("float32", init=0.0)
-                    if gate:
-                        rate = -T.exp(A_log[head])
-                        bias = dt_bias[head]
-                    load_gates(next_raw, g, beta, start, length, head, lane)
-                    for c in T.serial(chunks):
-                        stage = c % STAGES
-                        for x in T.unroll(4):
-                            raw[x] = next_raw[x]
-                        load_gates(next_raw, g, beta, start + (c + 1) * C, length - (c + 1) * C, head, lane)
-                        wait(k_empty, stage, (c // STAGES + 1) % 2)
-                        make_gates(
-                            vec,
-                            stage,
-                            lane,
-                            raw,
-                            other,
-                            rate,
-                            bias,
-                            length - c * C,
-                            beta_factor,
-                            gate,
-                            sigmoid,
-                            None,
-                            0,
-                            0,
-                            False,
-                        )
-                        arrive(gates_full, stage)
-                else:
-                    i = thread - consumers - 192
-                    for c in T.serial(chunks):
-                        stage = c % STAGES
-                        wait(k_empty, stage, (c // STAGES + 1) % 2)
-                        wait(q_full, c % Q_STAGES, c // Q_STAGES % 2)
-                        make_query_vectors(
-                            vec, stage, i, q_s, c % Q_STAGES, gates_full, c // STAGES % 2, scale, a_, b_, out, K, dtype,
-                            l2norm, folded, None, 0, 0, False,
+                    if not ready:
+                        serve_gates(
+                            vec, thread % 32, raw, next_raw, other, g, beta, A_log, dt_bias, start, length, chunks,
+                            head, beta_factor, k_empty, gates_full, gate, sigmoid, False, None, 0,
                         )  # fmt: skip
-                        arrive(query_full, stage)
+                else:
+                    if not ready:
+                        serve_queries(
+                            vec, thread - base - 64, q_s, q_full, k_empty, gates_full, query_full, chunks, scale, a_,
+                            b_, out, K, dtype, l2norm, folded, False, None, 0, group,
+                            False,
+                        )  # fmt: skip
 
     return forward

@@ -19,10 +19,13 @@ from qlakernels.gated_delta_rule.hopper.common import TARGET
 from qlakernels.gated_delta_rule.hopper.forward import forward_kernel
 from qlakernels.gated_delta_rule.hopper.gate_gradients import gate_gradients_kernel
 from qlakernels.gated_delta_rule.hopper.gradients import gradients_kernel
+from qlakernels.gated_delta_rule.hopper.prepare import prepare_kernel
 from qlakernels.gated_delta_rule.hopper.reverse import reverse_kernel
 
 MAKERS = {
     "boundaries": boundaries_kernel,
+    "prepare": prepare_kernel,
+    "prepare_reverse": prepare_kernel,
     "forward": forward_kernel,
     "reverse": reverse_kernel,
     "gradients": gradients_kernel,
@@ -31,25 +34,30 @@ MAKERS = {
 
 # The scans synchronise by hand, and no two of their buffers share memory.
 BY_HAND = {"tl.disable_thread_storage_sync": True, "tl.disable_shared_memory_reuse": True}
-PASS_CONFIGS = {"forward": BY_HAND, "reverse": BY_HAND}
+PASS_CONFIGS = dict.fromkeys(("prepare", "prepare_reverse", "forward", "reverse"), BY_HAND)
 
 _compiled: dict[tuple, object] = {}
 _lock = Lock()
 
 
-def specialisations(key_dim, value_dim, dtype, l2norm, gate, sigmoid, raw_dtype, beta_dtype, keep, part=None) -> dict:
+def specialisations(
+    key_dim, value_dim, dtype, l2norm, gate, sigmoid, raw_dtype, beta_dtype, keep, part=None, ready=False
+) -> dict:
     """What one call needs, by name; with `keep` its backward as well. dtypes are names such as "bfloat16".
 
-    `part`: rows of V that a block of the scans takes, 64 or 128; what fills the chip soonest when None.
+    part: rows of V that a block of the scans takes, 64 or 128; what suits many scans when None. ready: for few scans,
+    which read what `prepare` has made of all chunks.
     """
     part = part or min(128, -(-value_dim // 64) * 64)
-    scan = key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_dtype, beta_dtype
-    needed = {
-        "boundaries": ("boundaries",),
-        "forward": ("forward", *scan, keep),
-    }
+    options = l2norm, gate, sigmoid, raw_dtype, beta_dtype
+    scan = key_dim, value_dim, dtype, part, ready, *options
+    needed = {"boundaries": ("boundaries",), "forward": ("forward", *scan, keep)}
+    if ready:
+        needed["prepare"] = ("prepare", key_dim, dtype, *options, False)
     if keep:
         needed["reverse"] = ("reverse", *scan)
+        if ready:
+            needed["prepare_reverse"] = ("prepare_reverse", key_dim, dtype, *options, True)
         needed["gradients"] = ("gradients", key_dim, value_dim, dtype, l2norm)
         if gate or sigmoid:
             needed["gate_gradients"] = ("gate_gradients", gate, sigmoid, raw_dtype, beta_dtype)

@@ -16,6 +16,7 @@ from functools import cache
 
 import torch
 
+from qlakernels.gated_delta_rule.hopper.chunk import VECTORS
 from qlakernels.gated_delta_rule.hopper.common import CHUNK, STATE_STRIDE
 from qlakernels.gated_delta_rule.hopper.constants import constant, equal_rows, zeros
 from qlakernels.gated_delta_rule.hopper.gate_gradients import TOKENS as GATE_TOKENS
@@ -117,11 +118,11 @@ def _name(dtype: torch.dtype) -> str:
 
 @cache
 def _launchers(
-    key_dim, value_dim, dtype, l2norm, gate, sigmoid, raw_dtype, beta_dtype, keep, part
+    key_dim, value_dim, dtype, l2norm, gate, sigmoid, raw_dtype, beta_dtype, keep, part, ready
 ) -> dict[str, Callable]:
     """The kernels of a call, and with `keep` of its backward, by name; compiled side by side where they are not yet."""
     dtypes = _name(raw_dtype), _name(beta_dtype)
-    needed = specialisations(key_dim, value_dim, _name(dtype), l2norm, gate, sigmoid, *dtypes, keep, part)
+    needed = specialisations(key_dim, value_dim, _name(dtype), l2norm, gate, sigmoid, *dtypes, keep, part, ready)
     load(list(needed.values()))
     return {name: launcher(key) for name, key in needed.items()}
 
@@ -131,13 +132,14 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _part(scans: int, value_dim: int, device: torch.device) -> int:
-    """Rows of V for a block of the scans, of which there are `scans` documents times heads.
+def _plan(scans: int, value_dim: int, device: torch.device) -> tuple[int, bool]:
+    """(rows of V for a block of the scans, whether `prepare` runs before them), of `scans` documents times heads.
 
-    128 of them share one N and P and the tiles of q and k; blocks of 64 have the shorter chain and are twice as many.
+    Blocks of 128 rows share one N and P and the tiles of q and k. Few scans are cut into blocks of 64, of which there
+    are twice as many; what is made of a chunk is then made ahead on the rest of the chip.
     """
     few = 2 * scans * -(-value_dim // 128) <= _multiprocessors(device)
-    return 64 if few or value_dim <= 64 else 128
+    return (64 if few or value_dim <= 64 else 128), few
 
 
 def _documents(q, cu_seqlens) -> int:
@@ -165,6 +167,16 @@ def _heard(cu_seqlens):
             with suppress(RuntimeError):
                 torch.cuda.synchronize(cu_seqlens.device)
         raise
+
+
+def _made(q, slots, heads):
+    """N, P and the vectors of `slots` chunks, unwritten."""
+    N, P = (q.new_empty(slots, heads, CHUNK, CHUNK) for _ in range(2))
+    return N, P, q.new_empty(slots, heads, VECTORS, CHUNK, dtype=torch.float32)
+
+
+def _gates_and_norms(q, slots, heads, groups):
+    return tuple(q.new_empty(slots, n, 2, CHUNK, dtype=torch.float32) for n in (heads, groups))
 
 
 def _gate_parameters(A_log, dt_bias, heads, device):
@@ -198,12 +210,20 @@ def _forward(
     o, final_state, W, states = _outputs(q, k, v, cu_seqlens, output_final_state, keep)
     if initial_state is None:
         initial_state = final_state.new_empty(0, heads, key_dim, value_dim)
-    part = _part(_documents(q, cu_seqlens) * heads, value_dim, q.device)
-    launch = _launchers(key_dim, value_dim, q.dtype, l2norm, gate, sigmoid, g.dtype, beta.dtype, keep, part)
+    documents = _documents(q, cu_seqlens)
+    part, ready = _plan(documents * heads, value_dim, q.device)
+    launch = _launchers(key_dim, value_dim, q.dtype, l2norm, gate, sigmoid, g.dtype, beta.dtype, keep, part, ready)
     A_log, dt_bias = _gate_parameters(A_log, dt_bias, heads, q.device)
     with _heard(cu_seqlens):
         cu, order = _boundaries(launch, q, cu_seqlens)
         q, k, v, g, beta = tiles(q), tiles(k), tiles(v), rows(g), rows(beta)
+        slots, _ = _sizes(q.shape[0], documents)
+        made = _made(q, slots if ready else 0, heads)
+        options = scale, 2.0 if neg else 1.0
+        if ready:
+            gates, norms = _gates_and_norms(q, 0, heads, groups)
+            raw = q, k, g, beta, A_log, dt_bias, cu
+            launch["prepare"](*raw, *made, gates, norms, *options, _steps(documents), heads // groups)
         launch["forward"](
             q,
             k,
@@ -219,8 +239,8 @@ def _forward(
             W,
             states,
             final_state,
-            scale,
-            2.0 if neg else 1.0,
+            *made,
+            *options,
             heads // groups,
         )
     return o, final_state, W, states, (cu.new_empty(0) if cu_seqlens is None else order)
@@ -283,8 +303,8 @@ def _backward(
 ):
     """Returns dq, dk, dv, dg, dbeta (of the raw inputs), those of A_log and dt_bias as one [2, Hv], d_initial_state."""
     documents, shape = _documents(q, cu_seqlens), q.shape[:2]
-    part = _part(documents * W.shape[1], W.shape[2], q.device)
-    launch = _launchers(k.shape[3], W.shape[2], q.dtype, l2norm, gate, sigmoid, g.dtype, beta.dtype, True, part)
+    part, ready = _plan(documents * W.shape[1], W.shape[2], q.device)
+    launch = _launchers(k.shape[3], W.shape[2], q.dtype, l2norm, gate, sigmoid, g.dtype, beta.dtype, True, part, ready)
     if cu_seqlens is None:
         cu_seqlens, order = _boundaries(launch, q, None)
     q, k, do, g, beta = tiles(q), tiles(k), tiles(do), rows(g), rows(beta)
@@ -292,8 +312,12 @@ def _backward(
     slots, _ = _sizes(tokens, documents)
     ratio = heads // groups
     A_log, dt_bias = _gate_parameters(A_log, dt_bias, heads, q.device)
-    gates = torch.empty(slots, heads, 2, CHUNK, device=q.device)
-    norms = torch.empty(slots, groups, 2, CHUNK, device=q.device)
+    gates, norms = _gates_and_norms(q, slots, heads, groups)
+    made = _made(q, slots if ready else 0, heads)
+    options = scale, 2.0 if neg else 1.0
+    if ready:
+        raw = q, k, g, beta, A_log, dt_bias, cu_seqlens
+        launch["prepare_reverse"](*raw, *made, gates, norms, *options, _steps(documents), ratio)
     d_states = q.new_empty(slots, heads, value_dim, key_dim)
     dv = torch.empty_like(W)
     d_initial_state = gates.new_empty(documents if with_initial_state else 0, heads, key_dim, value_dim)
@@ -315,8 +339,8 @@ def _backward(
         d_initial_state,
         gates,
         norms,
-        scale,
-        2.0 if neg else 1.0,
+        *made,
+        *options,
         ratio,
     )
     dq, dk = (torch.empty(tokens, groups, key_dim, dtype=q.dtype, device=q.device) for _ in range(2))

@@ -25,17 +25,18 @@ from qlakernels.gated_delta_rule.hopper.chunk import (
     INTO_STATE,
     LOG2,
     OUTPUT,
+    PLACES,
+    Q_STAGES,
     RIGHT_L,
     ROW_P,
+    STAGES,
     STATE_KAPPA,
     VECTORS,
-    clear_N,
+    bring_made,
     cut,
-    load_gates,
-    make_gates,
-    make_key_vectors,
-    make_N,
-    make_query_vectors,
+    serve_gates,
+    serve_keys,
+    serve_queries,
     weigh,
 )
 from qlakernels.gated_delta_rule.hopper.common import (
@@ -49,15 +50,17 @@ from qlakernels.gated_delta_rule.hopper.common import (
     transposed_accumulator,
     wait,
 )
-from qlakernels.gated_delta_rule.hopper.forward import PLACES, Q_STAGES, REGISTERS, STAGES
+from qlakernels.gated_delta_rule.hopper.forward import REGISTERS
 
 
-def reverse_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_dtype, beta_dtype):
-    """`part`: rows of V a block takes, 64 or 128."""
+def reverse_kernel(key_dim, value_dim, dtype, part, ready, l2norm, gate, sigmoid, raw_dtype, beta_dtype):
+    """`part`: rows of V a block takes, 64 or 128. `ready`: what is made of a chunk comes from `prepare`."""
     C = CHUNK
     K, V = key_dim, value_dim
     consumers = 2 * part
-    registers, auxiliary_registers, producer_registers = REGISTERS[part // 64]
+    base = consumers if ready else consumers + 128  # the producer's first thread
+    threads = base + 128
+    registers, auxiliary_registers, producer_registers = REGISTERS[part // 64, ready]
     rows_first = T.GemmWarpPolicy.FullRow
     columns_first = T.GemmWarpPolicy.FullCol
     tokens, heads, groups = T.dynamic("tokens"), T.dynamic("heads"), T.dynamic("groups")
@@ -65,7 +68,7 @@ def reverse_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
     q_token, q_head = T.dynamic("q_token"), T.dynamic("q_head")
     k_token, k_head = T.dynamic("k_token"), T.dynamic("k_head")
     o_token, o_head = T.dynamic("o_token"), T.dynamic("o_head")
-    g_token, b_token = T.dynamic("g_token"), T.dynamic("b_token")
+    g_token, b_token, prepared = T.dynamic("g_token"), T.dynamic("b_token"), T.dynamic("prepared")
 
     @T.prim_func
     def reverse(
@@ -84,11 +87,14 @@ def reverse_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
         d_initial_state: T.Tensor((starts, heads, K, V), "float32"),
         gates: T.Tensor((slots, heads, 2, C), "float32"),
         norms: T.Tensor((slots, groups, 2, C), "float32"),
+        N: T.Tensor((prepared, heads, C, C), dtype),
+        P: T.Tensor((prepared, heads, C, C), dtype),
+        vectors: T.Tensor((prepared, heads, VECTORS, C), "float32"),
         scale: T.float32,
         beta_factor: T.float32,
         ratio: T.int32,
     ):
-        with T.Kernel(T.ceildiv(V, part), heads, documents, threads=consumers + 256) as (p, head, turn):
+        with T.Kernel(T.ceildiv(V, part), heads, documents, threads=threads) as (p, head, turn):
             T.import_source(PRELUDE)
             q_s = T.alloc_shared((Q_STAGES, C, K), dtype)
             k_s = T.alloc_shared((STAGES, C, K), dtype)
@@ -122,7 +128,8 @@ def reverse_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
             do_full, do_empty = T.alloc_barrier([32]), T.alloc_barrier([consumers])
             gates_full, query_full = T.alloc_barrier([32] * STAGES), T.alloc_barrier([64] * STAGES)
             key_full = T.alloc_barrier([128] * STAGES)
-            made_full, made_empty = T.alloc_barrier([128] * PLACES), T.alloc_barrier([consumers] * PLACES)
+            made_full = T.alloc_barrier([32 if ready else 128] * PLACES)
+            made_empty = T.alloc_barrier([consumers] * PLACES)
             P_full = T.alloc_barrier([consumers] * PLACES)
             T.annotate_layout(
                 {f: transposed_accumulator(part) for f in (do_f, dv_f)}
@@ -144,7 +151,8 @@ def reverse_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
             slot = start // C + document
 
             if thread < consumers:
-                T.set_max_nreg(registers, 1)
+                if registers:
+                    T.set_max_nreg(registers, 1)
                 columns = p * part
                 if ends > 0:
                     for i, j in T.Parallel(part, K):
@@ -153,6 +161,7 @@ def reverse_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
                     T.clear(dS)
                 for step in T.serial(chunks):
                     stage = step % STAGES
+                    at = step % PLACES if ready else stage  # of the vectors
                     c = chunks - 1 - step
                     T.copy(dS, dS_r)
                     T.tma_store_wait(1)
@@ -160,24 +169,28 @@ def reverse_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
                     T.copy(dS_r, dS_s)
                     wait(k_full, stage, step // STAGES % 2)
                     wait(q_full, step % Q_STAGES, step // Q_STAGES % 2)
-                    T.wgmma_gemm(
-                        q_s[step % Q_STAGES, :, :],
-                        k_s[stage, :, :],
-                        Pf,
-                        transpose_B=True,
-                        clear_accum=True,
-                        policy=columns_first,
-                    )
+                    if not ready:
+                        T.wgmma_gemm(
+                            q_s[step % Q_STAGES, :, :],
+                            k_s[stage, :, :],
+                            Pf,
+                            transpose_B=True,
+                            clear_accum=True,
+                            policy=columns_first,
+                        )
                     T.wgmma_gemm(dS_r, k_s[stage, :, :], D, transpose_B=True, clear_accum=True, policy=rows_first)
-                    wait(query_full, stage, step // STAGES % 2)
-                    wait(key_full, stage, step // STAGES % 2)
-                    T.wait_wgmma(1)
-                    T.warpgroup_fence_operand(Pf, num_regs=C * C // consumers)
-                    for i, j in T.Parallel(C, C):
-                        Pf[i, j] *= vec[stage, ROW_P, i]
-                    weigh(Pf, vec, stage, LOG2, RIGHT_L)
-                    cut(Pf, C * C // consumers, False)
-                    T.copy(Pf, P_s[step % PLACES, :, :])
+                    if ready:
+                        wait(made_full, step % PLACES, step // PLACES % 2)
+                    else:
+                        wait(query_full, stage, step // STAGES % 2)
+                        wait(key_full, stage, step // STAGES % 2)
+                        T.wait_wgmma(1)
+                        T.warpgroup_fence_operand(Pf, num_regs=C * C // consumers)
+                        for i, j in T.Parallel(C, C):
+                            Pf[i, j] *= vec[at, ROW_P, i]
+                        weigh(Pf, vec, at, LOG2, RIGHT_L)
+                        cut(Pf, C * C // consumers, False)
+                        T.copy(Pf, P_s[step % PLACES, :, :])
                     T.tma_store_wait(0)  # dV of the chunk before has left dv_s
                     release_tiles()
                     arrive(P_full, step % PLACES)
@@ -186,33 +199,34 @@ def reverse_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
                     for i, j in T.Parallel(part, C):
                         left[i, j] = do_f[j, i]
                     for i, j in T.Parallel(part, C):
-                        from_q[i, j] = T.cast(do_f[j, i], "float32") * vec[stage, OUTPUT, j]
+                        from_q[i, j] = T.cast(do_f[j, i], "float32") * vec[at, OUTPUT, j]
                     release_tiles()
                     arrive(do_empty, 0)
                     T.wait_wgmma(0)
                     T.warpgroup_fence_operand(D, num_regs=32)
                     for i, j in T.Parallel(part, C):
-                        D[i, j] *= vec[stage, STATE_KAPPA, j]
+                        D[i, j] *= vec[at, STATE_KAPPA, j]
                     for i, j in T.Parallel(part, K):
-                        dS[i, j] *= vec[stage, GAMMA, C - 1]
+                        dS[i, j] *= vec[at, GAMMA, C - 1]
                     wait(P_full, step % PLACES, step // PLACES % 2)
                     T.tma_copy(dS_s, d_states[slot + c, head, columns : columns + part, :])
                     T.wgmma_gemm(left, P_s[step % PLACES, :, :], D, policy=rows_first)
                     T.wgmma_gemm(from_q, q_s[step % Q_STAGES, :, :], dS, policy=rows_first)
-                    wait(made_full, step % PLACES, step // PLACES % 2)
+                    if not ready:
+                        wait(made_full, step % PLACES, step // PLACES % 2)
                     T.wait_wgmma(1)
                     T.warpgroup_fence_operand(D, num_regs=32)
                     for i, j in T.Parallel(part, C):
-                        left[i, j] = D[i, j] * vec[stage, BETA, j]
+                        left[i, j] = D[i, j] * vec[at, BETA, j]
                     T.wgmma_gemm(left, N_s[step % PLACES, :, :], D, policy=rows_first)
                     T.wait_wgmma(0)
                     T.warpgroup_fence_operand(D, num_regs=32)
                     arrive(made_empty, step % PLACES)
                     arrive(q_empty, step % Q_STAGES)
                     for i, j in T.Parallel(part, C):
-                        dv_f[j, i] = D[i, j] * vec[stage, BAR, j]
+                        dv_f[j, i] = D[i, j] * vec[at, BAR, j]
                     for i, j in T.Parallel(part, C):
-                        left[i, j] = T.cast(dv_f[j, i], "float32") * vec[stage, INTO_STATE, j]
+                        left[i, j] = T.cast(dv_f[j, i], "float32") * vec[at, INTO_STATE, j]
                     T.wgmma_gemm(left, k_s[stage, :, :], dS, policy=rows_first)
                     T.copy(dv_f, dv_s)
                     release_tiles()
@@ -231,33 +245,17 @@ def reverse_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
                     for i, j in T.Parallel(part, K):
                         d_initial_state[document, head, j, columns + i] = dS[i, j]
                 T.tma_store_wait(0)
-            elif thread < consumers + 128:
+            elif thread < base:
                 T.set_max_nreg(auxiliary_registers, 0)
-                clear_N(N_s, PLACES, inner_s)
-                for step in T.serial(chunks):
-                    stage = step % STAGES
-                    wait(k_full, stage, step // STAGES % 2)
-                    c = chunks - 1 - step
-                    T.gemm(k_s[stage, :, :], k_s[stage, :, :], kk, transpose_B=True, clear_accum=True)
-                    wait(gates_full, stage, step // STAGES % 2)
-                    if p == 0 and head % ratio == 0:
-                        make_key_vectors(
-                            thread - consumers, vec, stage, kk, dtype, l2norm, True, norms, slot + c, group, True
-                        )
-                    else:
-                        make_key_vectors(
-                            thread - consumers, vec, stage, kk, dtype, l2norm, True, norms, slot + c, group, False
-                        )
-                    T.sync_threads(7, 128)
-                    arrive(key_full, stage)
-                    make_N(
-                        thread - consumers, 7, vec, stage, N_s, step % PLACES, L_s, inner_s, block_s, kk, a, b, c_, out,
-                        column, made_empty, (step // PLACES + 1) % 2, False,
-                    )  # fmt: skip
-                    arrive(made_full, step % PLACES)
+                serve_keys(
+                    thread - consumers, 7, k_s, vec, N_s, L_s, inner_s, block_s, kk, a, b, c_, out, column, k_full,
+                    gates_full, key_full, made_full, made_empty, chunks, dtype, l2norm, True, norms, slot, group,
+                    p == 0 and head % ratio == 0,
+                )  # fmt: skip
             else:
-                T.set_max_nreg(producer_registers, 0)
-                if thread < consumers + 160:
+                if registers:
+                    T.set_max_nreg(producer_registers, 0)
+                if thread < base + 32:
                     for step in T.serial(chunks):
                         stage = step % STAGES
                         c = chunks - 1 - step
@@ -289,58 +287,20 @@ def reverse_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
                             load_tail_of(do_s, do, first, head, columns, left_rows, part)
                             release_tiles()
                         arrive(do_full, 0)
-                elif thread < consumers + 192:
-                    lane = thread % 32
-                    rate = T.alloc_var("float32", init=0.0)
-                    bias = T.alloc_var("float32", init=0.0)
-                    if gate:
-                        rate = -T.exp(A_log[head])
-                        bias = dt_bias[head]
-                    if chunks > 0:
-                        load_gates(next_raw, g, beta, start + (chunks - 1) * C, length - (chunks - 1) * C, head, lane)
-                    for step in T.serial(chunks):
-                        stage = step % STAGES
-                        c = chunks - 1 - step
-                        for x in T.unroll(4):
-                            raw[x] = next_raw[x]
-                        if c > 0:
-                            load_gates(next_raw, g, beta, start + (c - 1) * C, C, head, lane)
-                        wait(k_empty, stage, (step // STAGES + 1) % 2)
-                        make_gates(
-                            vec,
-                            stage,
-                            lane,
-                            raw,
-                            other,
-                            rate,
-                            bias,
-                            length - c * C,
-                            beta_factor,
-                            gate,
-                            sigmoid,
-                            gates,
-                            slot + c,
-                            head,
-                            True,
-                        )
-                        arrive(gates_full, stage)
+                        if ready:
+                            bring_made(N, P, vectors, slot + c, head, N_s, P_s, vec, made_full, made_empty, step)
+                elif thread < base + 64:
+                    if not ready:
+                        serve_gates(
+                            vec, thread % 32, raw, next_raw, other, g, beta, A_log, dt_bias, start, length, chunks,
+                            head, beta_factor, k_empty, gates_full, gate, sigmoid, True, gates, slot,
+                        )  # fmt: skip
                 else:
-                    i = thread - consumers - 192
-                    for step in T.serial(chunks):
-                        stage = step % STAGES
-                        c = chunks - 1 - step
-                        wait(k_empty, stage, (step // STAGES + 1) % 2)
-                        wait(q_full, step % Q_STAGES, step // Q_STAGES % 2)
-                        if p == 0 and head % ratio == 0:
-                            make_query_vectors(
-                                vec, stage, i, q_s, step % Q_STAGES, gates_full, step // STAGES % 2, scale, a_, b_, out,
-                                K, dtype, l2norm, False, norms, slot + c, group, True,
-                            )  # fmt: skip
-                        else:
-                            make_query_vectors(
-                                vec, stage, i, q_s, step % Q_STAGES, gates_full, step // STAGES % 2, scale, a_, b_, out,
-                                K, dtype, l2norm, False, norms, slot + c, group, False,
-                            )  # fmt: skip
-                        arrive(query_full, stage)
+                    if not ready:
+                        serve_queries(
+                            vec, thread - base - 64, q_s, q_full, k_empty, gates_full, query_full, chunks, scale, a_,
+                            b_, out, K, dtype, l2norm, False, True, norms, slot, group,
+                            p == 0 and head % ratio == 0,
+                        )  # fmt: skip
 
     return reverse
