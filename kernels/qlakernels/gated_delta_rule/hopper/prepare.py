@@ -1,8 +1,8 @@
 """P: what the scans need of each chunk, all chunks at once, where few scans leave most of the chip idle.
 
 Vectors, N and P of `chunk`, which a scan by itself makes beside its state: then the warpgroup that makes N bounds it,
-and not the chain of the state's own products. A block a chunk and value head. The first warpgroup makes N and the vectors
-of the keys; of the second one warp brings q and k, one makes the gates, two the vectors of the queries, all of it P.
+and not the chain of the state's own products. A block a chunk and value head. The first warpgroup makes N and the
+vectors of the keys; of the second one warp brings q and k, one makes the gates, two the vectors of the queries, all P.
 Shared memory (K = 128): q and k 32, N and P 16, the solve 24, vectors 3: 75 KB.
 """
 
