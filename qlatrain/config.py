@@ -154,6 +154,13 @@ class ValidationConfig:
 
 
 @dataclass
+class MetricsConfig:
+    """What a run measures of itself beside loss and speed."""
+
+    kernel_times_every: int = 0  # steps between profiles of a step: its time by family of kernels; 0: none
+
+
+@dataclass
 class SampleConfig:
     """Text the trained model writes at the end of a run."""
 
@@ -177,6 +184,7 @@ class PretrainConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
 
     def validate(self) -> None:
@@ -220,6 +228,7 @@ AT_LEAST = {
     "checkpoint.keep": 1,
     "validation.every": 0,
     "validation.rows": 1,
+    "metrics.kernel_times_every": 0,
     "track.log_every": 1,
     "sample.tokens": 0,
     "sample.temperature": 0,

@@ -13,6 +13,7 @@ from qlatrain.metrics.bigram import BigramByteModel
 from qlatrain.metrics.console import RunConsole
 from qlatrain.metrics.flops import FlopCounter
 from qlatrain.metrics.hardware import environment, peak_flops
+from qlatrain.metrics.kernel_times import StepProfiler
 from qlatrain.metrics.throughput import Throughput
 from qlatrain.metrics.trackers import Tracker
 from qlatrain.models import HybridForCausalLM, save_pretrained
@@ -103,6 +104,15 @@ def main(config: PretrainConfig) -> None:
         resumed_step=state.step if checkpoint else None,
     )
     train_step = TrainStep(model, optimizers, layout, train.max_grad_norm, flops.step_flops)
+    profiler = StepProfiler(config.metrics.kernel_times_every, layout.device, layout.is_main)
+
+    def profiled_step(step: int, *arguments) -> None:
+        report.flush()  # everywhere, so that all processes hear of a stop at the same step
+        with throughput.pause():
+            result, times = profiler.run(train_step, *arguments)
+        report.step(step, optimizers.learning_rate, result, timed=False)
+        report.flush()
+        report.kernel_times(step, times)
 
     def validate() -> None:
         with throughput.pause():
@@ -122,9 +132,12 @@ def main(config: PretrainConfig) -> None:
                 train.global_batch_size, layout.rank, layout.world_size, train.micro_batch_size
             )
             factor = learning_rate_factor(config.schedule, state.step, train.steps)
-            result = train_step(batches, factor, stop.requested)
             state.step += 1
-            report.step(state.step, optimizers.learning_rate, result)
+            if profiler.due(state.step):
+                profiled_step(state.step, batches, factor, stop.requested)
+            else:
+                result = train_step(batches, factor, stop.requested)
+                report.step(state.step, optimizers.learning_rate, result)
             if config.validation.every and state.step % config.validation.every == 0 and state.step < train.steps:
                 report.flush()
                 validate()

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qlatrain.metrics.flops import FlopTable, ParameterCounts
+from qlatrain.metrics.kernel_times import FAMILIES
 from qlatrain.metrics.throughput import ThroughputSummary, format_duration
 
 _PIPED_WIDTH = 120  # columns where there is no terminal to ask
@@ -87,6 +88,18 @@ class RunConsole:
                 line.append(f" ({verdict})", style="not bold green" if bits < bigram else "not bold yellow")
         self._line(line)
 
+    def kernel_times(self, row: dict) -> None:
+        """The line of a profiled step: its time, and the shares of the families that have any."""
+        if not self._on:
+            return
+        line = Text(f"kernel times at step {row['step']}", style="bold")
+        line.append(f"  {row['kernel_times/step_ms']:,.1f} ms", style="cyan")
+        for family, words in FAMILIES.items():
+            share = row[f"kernel_times/{family}"]
+            if share > 0:
+                line.append(f"  {words} {100 * share:.1f} %", style="not bold")
+        self._line(line)
+
     def note(self, message: str) -> None:
         """A line of plain text: where a run resumed from, what a tracker does, which checkpoint was written."""
         if self._on:
@@ -115,12 +128,18 @@ class RunConsole:
         rows.add_row("steps", steps + (f" ({throughput.steps:,} since the resume)" if resumed > 0 else ""))
         rows.add_row("tokens", f"{throughput.tokens:,}")
         time_text = f"{format_duration(throughput.train_seconds)} training"
-        rows.add_row("time", f"{time_text}, {format_duration(throughput.paused_seconds)} validation and checkpoints")
+        paused = "validation, checkpoints and profiles" if throughput.untimed_steps else "validation and checkpoints"
+        rows.add_row("time", f"{time_text}, {format_duration(throughput.paused_seconds)} {paused}")
         speed = f"{throughput.tokens_per_second:,.0f} tokens/s"
         if throughput.mfu is not None:
             speed += f", MFU {100 * throughput.mfu:.1f} %"
-        if throughput.excluded_steps:
-            speed += f" (without the first {throughput.excluded_steps} steps)"
+        left_out = [f"the first {throughput.excluded_steps} steps"] if throughput.excluded_steps else []
+        if throughput.untimed_steps:
+            left_out.append(f"{throughput.untimed_steps} profiled")
+        if left_out:
+            speed += f" (without {' and '.join(left_out)})"
+        if throughput.untimed_steps == throughput.steps:
+            speed = "not measured, as every step was profiled"
         rows.add_row("speed", speed)
         validations = [v for v in validations if v.get("validation_loss") is not None]
         if validations:

@@ -1,9 +1,9 @@
 """`metrics.jsonl`: one JSON object a line, the record of a run that every plot and table is made from.
 
 Keys, all optional but `step`: `loss` (nats per token), `lr`, `grad_norm`, `tokens` (so far), `tokens_per_second`,
-`mfu` (0..1), `validation_loss` (nats per token), `validation_bits_per_byte`, `bigram_bits_per_byte`. A recipe may add
-its own. JSON knows no NaN, so a number that is not finite is written as null, with its name under `nonfinite`:
-`{"step": 7, "loss": null, "nonfinite": {"loss": "nan"}}`.
+`mfu` (0..1), `validation_loss` (nats per token), `validation_bits_per_byte`, `bigram_bits_per_byte`, and what
+`KernelTimes.row` gives. A recipe may add its own. JSON knows no NaN, so a number that is not finite is written as null,
+with its name under `nonfinite`: `{"step": 7, "loss": null, "nonfinite": {"loss": "nan"}}`.
 """
 
 import json

@@ -34,10 +34,11 @@ class ThroughputSummary:
     steps: int
     tokens: int
     train_seconds: float
-    paused_seconds: float  # validation, checkpoints, plots
+    paused_seconds: float  # validation, checkpoints, plots, untimed steps
     tokens_per_second: float  # without the warm-up steps
     mfu: float | None  # without the warm-up steps
     excluded_steps: int  # warm-up steps left out of the two figures above
+    untimed_steps: int = 0  # left out of them as well
 
 
 class Throughput:
@@ -59,6 +60,7 @@ class Throughput:
         self._peak, self._warmup, self._clock = peak_flops, warmup_steps, clock
         self._recent: deque[Interval] = deque(maxlen=window)
         self._steps, self._tokens, self._flops = 0, 0, 0.0  # since the last record
+        self._untimed_steps = self._untimed_tokens = self._interval_untimed = 0
         self._interval_paused = self._paused = 0.0
         self._pausing = False
         # steps, tokens, FLOPs and seconds: over everything, and over the part that is left out of the means
@@ -70,9 +72,16 @@ class Throughput:
         """Sets the clock's zero to now; without it, it is the moment of construction."""
         self._start, self._interval_paused = self._clock(), 0.0
 
-    def step(self, tokens: int, flops: float) -> None:
-        """Counts one optimizer step: its tokens and FLOPs over all processes. Reads no clock and waits for nothing."""
-        self._steps, self._tokens, self._flops = self._steps + 1, self._tokens + tokens, self._flops + flops
+    def step(self, tokens: int, flops: float, timed: bool = True) -> None:
+        """Counts one optimizer step: its tokens and FLOPs over all processes. Reads no clock and waits for nothing.
+
+        A step that is not timed, because it was taken in a pause, belongs to the totals and to no speed.
+        """
+        if timed:
+            self._steps, self._tokens, self._flops = self._steps + 1, self._tokens + tokens, self._flops + flops
+        else:
+            self._untimed_steps, self._untimed_tokens = self._untimed_steps + 1, self._untimed_tokens + tokens
+            self._interval_untimed += 1
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -89,10 +98,17 @@ class Throughput:
             self._interval_paused += seconds
             self._paused += seconds
 
-    def record(self) -> Interval:
-        """Closes the interval since the last record. At least one step must have been counted in it."""
-        assert self._steps > 0, "record() without a step() since the last one"
+    def record(self) -> Interval | None:
+        """Closes the interval since the last record, in which at least one step must have been counted.
+
+        None when none of them was timed.
+        """
+        assert self._steps + self._interval_untimed > 0, "record() without a step() since the last one"
         now = self._clock()
+        self._interval_untimed = 0
+        if self._steps == 0:
+            self._start, self._interval_paused = now, 0.0
+            return None
         seconds = max(now - self._start - self._interval_paused, 1e-9)
         interval = Interval(
             self._steps, self._tokens, seconds, self._tokens / seconds, self._utilisation(self._flops, seconds)
@@ -120,7 +136,7 @@ class Throughput:
         if not self._recent:
             return None
         step_seconds = median(i.seconds / i.steps for i in self._recent)
-        return remaining_steps * (step_seconds + self._paused / self._all[0])
+        return remaining_steps * (step_seconds + self._paused / (self._all[0] + self._untimed_steps))
 
     def summary(self) -> ThroughputSummary:
         """Totals and means over everything recorded."""
@@ -128,13 +144,14 @@ class Throughput:
         excluded = self._excluded if self._excluded[0] < steps else [0, 0, 0.0, 0.0]
         mean_seconds = max(seconds - excluded[3], 1e-9)
         return ThroughputSummary(
-            steps=steps,
-            tokens=tokens,
+            steps=steps + self._untimed_steps,
+            tokens=tokens + self._untimed_tokens,
             train_seconds=seconds,
             paused_seconds=self._paused,
             tokens_per_second=(tokens - excluded[1]) / mean_seconds,
             mfu=self._utilisation(flops - excluded[2], mean_seconds),
             excluded_steps=excluded[0],
+            untimed_steps=self._untimed_steps,
         )
 
     def _utilisation(self, flops: float, seconds: float) -> float | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from qlatrain.files import writing
 from qlatrain.metrics.console import RunConsole
+from qlatrain.metrics.kernel_times import KernelTimes
 from qlatrain.metrics.plots import plot_run
 from qlatrain.metrics.recorder import MetricsWriter, read_metrics
 from qlatrain.metrics.throughput import Throughput
@@ -28,6 +29,7 @@ class _Waiting:
     step: int
     lr: float
     result: PendingResult
+    timed: bool
 
 
 class Report:
@@ -71,9 +73,9 @@ class Report:
             with writing(run_dir / "metrics.jsonl"):
                 self._writer = MetricsWriter(run_dir / "metrics.jsonl", resumed_step)
 
-    def step(self, step: int, lr: float, result: PendingResult) -> None:
-        """`step`: optimizer steps taken, this one included. Reports what has arrived by now."""
-        self._waiting.append(_Waiting(step, lr, result))
+    def step(self, step: int, lr: float, result: PendingResult, timed: bool = True) -> None:
+        """step: optimizer steps taken, this one included; timed: as in `Throughput.step`. Reports what has arrived."""
+        self._waiting.append(_Waiting(step, lr, result, timed))
         while len(self._waiting) > self.late:
             self._read_one()
 
@@ -85,7 +87,7 @@ class Report:
     def _read_one(self) -> None:
         waiting = self._waiting.popleft()
         result = waiting.result.read()
-        self.throughput.step(self.tokens_per_step, result.flops)
+        self.throughput.step(self.tokens_per_step, result.flops, waiting.timed)
         self.state.tokens += int(result.targets)
         self.state.skipped += int(result.skipped)
         self.stop_agreed = self.stop_agreed or result.stop > 0
@@ -106,8 +108,8 @@ class Report:
             "loss": result.loss,
             "lr": waiting.lr,
             "grad_norm": result.grad_norm,
-            "tokens_per_second": interval.tokens_per_second,
-            "mfu": interval.mfu,
+            "tokens_per_second": interval and interval.tokens_per_second,
+            "mfu": interval and interval.mfu,
             "tokens": self.state.tokens,
             "skipped_steps": self.state.skipped,
         }
@@ -128,6 +130,19 @@ class Report:
         self._write(row)
         self.console.validation(row)
         self._plot()
+
+    def kernel_times(self, step: int, times: KernelTimes | None) -> None:
+        """times: of step `step`, which was profiled; None, a warning here, where the profiler saw nothing."""
+        if self._writer is None:
+            return
+        if times is None:
+            self.console.warning(
+                f"no kernel times of step {step}: the profiler saw no kernel; KINETO_LOG_LEVEL=0 shows what it says"
+            )
+            return
+        row = {"step": step, **times.row()}
+        self._write(row)
+        self.console.kernel_times(row)
 
     def _write(self, row: dict) -> None:
         if self._writer is not None:

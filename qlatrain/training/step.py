@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from qlakernels.ranges import named_range
 from qlatrain.parallel import Layout
 from qlatrain.training.optimizer import Optimizers
 
@@ -90,9 +91,10 @@ class TrainStep:
                 batch_nll = self.model(batch.input_ids, batch, batch.labels)
                 layout.backward(batch_nll * weight.to(batch_nll.dtype))
             nll += batch_nll.detach()
-        grad_norm = layout.clip_gradients(self.model.parameters(), self.max_grad_norm)
-        skip = 1 - torch.isfinite(grad_norm).to(torch.float32)
-        self.optimizers.step(lr_factor, skip)
+        with named_range("optimizer"):
+            grad_norm = layout.clip_gradients(self.model.parameters(), self.max_grad_norm)
+            skip = 1 - torch.isfinite(grad_norm).to(torch.float32)
+            self.optimizers.step(lr_factor, skip)
         self.optimizers.zero_grad()
         self.skipped_in_a_row = (self.skipped_in_a_row + 1) * skip
         flops = float(sum(self.count_flops(batch.cu_seqlens_cpu.diff()) for batch in batches))

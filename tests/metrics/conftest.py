@@ -1,4 +1,9 @@
+import sys
+from pathlib import Path
+
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "training"))  # for `training_helpers`
 
 from qlatrain.config import ModelConfig
 

@@ -1,9 +1,11 @@
 import io
 
+import pytest
 from rich.console import Console
 
 from qlatrain.metrics.console import RunConsole
 from qlatrain.metrics.flops import FlopCounter
+from qlatrain.metrics.kernel_times import FAMILIES, KernelTimes
 from qlatrain.metrics.throughput import ThroughputSummary
 
 
@@ -32,6 +34,7 @@ def say_everything(run: RunConsole, config) -> None:
     )
     run.step(ROW, 1000, 3725)
     run.validation(VALIDATIONS[1])
+    run.kernel_times({"step": 8} | KernelTimes(dict.fromkeys(FAMILIES, 0.0) | {"gdn": 300.5, "idle": 901.5}).row())
     run.note("resumed from step 3")
     run.warning("step 9 skipped")
     summary = ThroughputSummary(15, 15000, 60, 5, 250.0, 0.25, 5)
@@ -76,6 +79,7 @@ def test_a_whole_run_without_escape_codes(small_config):
         "torch (no GPU)",
         "50.0 GFLOP/s",
         "2.1000 bits per byte  byte bigram 3.4000 (below it)",
+        "kernel times at step 8  1,202.0 ms  GDN 25.0 %  idle 75.0 %\n",
         "step 9 skipped",
         "20 (15 since the resume)",
         "last loss 1.7500, 2.5000 bits per byte at step 20",
@@ -85,6 +89,24 @@ def test_a_whole_run_without_escape_codes(small_config):
     ]
     for part in expected:
         assert part in text, part
+
+
+@pytest.mark.parametrize(
+    ("excluded", "untimed", "said"),
+    [
+        (5, 2, "MFU 25.0 % (without the first 5 steps and 2 profiled)"),
+        (0, 2, "MFU 25.0 % (without 2 profiled)"),
+        (0, 0, "MFU 25.0 %  "),
+        (0, 15, "speed          not measured, as every step was profiled"),
+    ],
+)
+def test_a_summary_says_what_its_speed_leaves_out(excluded, untimed, said):
+    run, out = piped()
+    run.summary(ThroughputSummary(15, 15000, 60, 5, 250.0, 0.25, excluded, untimed), 15, [], 0, {})
+    assert said in out.getvalue()
+    assert (
+        f"0:05 {'validation, checkpoints and profiles' if untimed else 'validation and checkpoints'}" in out.getvalue()
+    )
 
 
 def test_names_are_not_markup():

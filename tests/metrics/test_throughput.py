@@ -48,6 +48,33 @@ def test_pauses_belong_to_no_step(clock):
     assert throughput.seconds_left(10) == pytest.approx(10 * (1.0 + 60 / 2))
 
 
+def test_untimed_steps_are_counted_and_have_no_speed(clock):
+    throughput = Throughput(peak_flops=1e10, clock=clock, warmup_steps=0)
+
+    def profiled() -> None:
+        with throughput.pause():
+            clock.now += 9
+        throughput.step(1000, 2e9, timed=False)
+
+    train(throughput, clock, 2, 1.0)
+    profiled()
+    train(throughput, clock, 1, 1.0)
+    interval = throughput.record()
+    assert (interval.steps, interval.tokens, interval.seconds) == (3, 3000, 3.0)
+    profiled()
+    assert throughput.record() is None
+    train(throughput, clock, 1, 0.5)
+    assert throughput.record().tokens_per_second == 2000
+    assert throughput.tokens_per_second == 1500  # the median of two
+    summary = throughput.summary()
+    assert (summary.steps, summary.tokens, summary.untimed_steps) == (6, 6000, 2)
+    assert (summary.train_seconds, summary.paused_seconds) == (3.5, 18)
+    assert summary.tokens_per_second == pytest.approx(4000 / 3.5)
+    assert throughput.seconds_left(6) == pytest.approx(6 * 0.75 + 18)
+    with pytest.raises(AssertionError):
+        throughput.record()
+
+
 def test_pause_between_records(clock):
     throughput = Throughput(clock=clock)
     train(throughput, clock, 1, 1.0)

@@ -2,12 +2,15 @@
 
 import json
 import re
+import signal
 
 import pytest
 import torch
 import yaml
-from training_runs import checkpoint_names, losses, metric_rows
+from training_runs import checkpoint_names, file_bytes, losses, metric_rows, repeatable
 
+from qlatrain.metrics.kernel_times import FAMILIES
+from qlatrain.metrics.recorder import read_metrics
 from qlatrain.models.huggingface import from_pretrained
 
 
@@ -117,3 +120,64 @@ def test_wandb_goes_on_with_the_same_run(trainer, tmp_path):
     steps = [row["step"] for _, _, history in runs for row in history if "loss" in row]
     assert steps == list(range(1, 9))
     assert runs[0][1]["model"]["hidden_size"] == 32
+
+
+KERNEL_TIMES = {f"kernel_times/{family}" for family in FAMILIES}
+LINE = r"^kernel times at step (\d+)  [\d,.]+ ms  GDN [\d.]+ %  attention .*  optimizer .*  idle [\d.]+ %$"
+
+
+def test_kernel_times_of_every_fourth_step(trainer, finished_run, tmp_path):
+    """In metrics.jsonl, on the console and in wandb, of a run that is otherwise the same."""
+    from wandb_file import read_wandb_file
+
+    run_dir, home = tmp_path / "run", tmp_path / "home"
+    home.mkdir()
+    arguments = trainer.arguments(run_dir, "track=wandb", "metrics.kernel_times_every=4", "checkpoint.keep=3")
+    done = trainer.subprocess(*arguments, HOME=str(home))
+    assert (done.code, done.err) == (0, "")
+    rows = {row["step"]: row for row in read_metrics(run_dir / "metrics.jsonl") if "kernel_times/gdn" in row}
+    assert list(rows) == [4, 8, 12]
+    for row in rows.values():
+        assert row.keys() == {"step", "kernel_times/step_ms"} | KERNEL_TIMES | {f"{key}_ms" for key in KERNEL_TIMES}
+        assert sum(row[key] for key in KERNEL_TIMES) == pytest.approx(1)
+        assert sum(row[f"{key}_ms"] for key in KERNEL_TIMES) == pytest.approx(row["kernel_times/step_ms"])
+        assert min(row[key] for key in KERNEL_TIMES - {"kernel_times/communication"}) > 0
+    assert re.findall(LINE, done.out, re.MULTILINE) == ["4", "8", "12"]
+    assert "3 profiled" in done.out
+    (file,) = (run_dir / "wandb").glob("offline-run-*/*.wandb")
+    tracked = [row for row in read_wandb_file(file)[2] if "kernel_times/gdn" in row]
+    assert [{key: row[key] for key in row if key[0] != "_"} for row in tracked] == list(rows.values())
+    # the profiled steps have no speed, and everything else is as it was
+    speeds = {row["step"]: row["tokens_per_second"] for row in read_metrics(run_dir / "metrics.jsonl") if "loss" in row}
+    assert [step for step, speed in speeds.items() if speed is None] == [4, 8, 12]
+    assert without_kernel_times(run_dir) == repeatable(finished_run)
+    expected = {name: content for name, content in file_bytes(finished_run).items() if name.endswith(".safetensors")}
+    assert len(expected) > 3 and {name: (run_dir / name).read_bytes() for name in expected} == expected
+
+
+def without_kernel_times(run_dir):
+    return [row for row in repeatable(run_dir) if "kernel_times/gdn" not in row]
+
+
+def test_killed_between_profiles_and_resumed(trainer, finished_run, tmp_path):
+    run_dir = tmp_path / "run"
+    running = trainer.start(run_dir, "metrics.kernel_times_every=3")
+    assert running.wait_for_step(run_dir, 6)
+    running.send(signal.SIGKILL)
+    assert running.wait().code == -signal.SIGKILL
+    assert trainer.run(run_dir, "metrics.kernel_times_every=3").code == 0
+    assert without_kernel_times(run_dir) == repeatable(finished_run)
+    assert [row["step"] for row in metric_rows(run_dir) if "kernel_times/gdn" in row] == ["3", "6", "9", "12"]
+
+
+def test_kernel_times_of_two_processes(trainer, tmp_path):
+    """The main process alone profiles; both end at the same step when one is asked to."""
+    arguments = ("metrics.kernel_times_every=1", "train.steps=400", "checkpoint.every=400")
+    pair = trainer.start_pair(tmp_path / "run", *arguments)
+    assert pair[0].wait_for_step(tmp_path / "run", 3)
+    pair[1].send(signal.SIGTERM)
+    done = [process.wait() for process in pair]
+    assert [process.code for process in done] == [0, 0], done
+    steps = [row["step"] for row in metric_rows(tmp_path / "run") if "kernel_times/gdn" in row]
+    assert steps == [str(step) for step in losses(tmp_path / "run")]
+    assert done[1].out == ""

@@ -1,7 +1,9 @@
+import io
 import math
 
 import pytest
 import torch
+from rich.console import Console
 from training_helpers import (
     VOCABULARY,
     assert_identical,
@@ -182,6 +184,14 @@ def test_figures_come_late_and_flush_brings_them(tmp_path):
     assert report.stop_agreed
     report.flush()
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_a_profiler_that_saw_nothing_is_a_warning(tmp_path):
+    report, out = report_of(tmp_path, 3), io.StringIO()
+    report.console = RunConsole(console=Console(file=out, width=200))
+    report.kernel_times(5, None)
+    assert out.getvalue().startswith("warning: no kernel times of step 5: the profiler saw no kernel;")
+    assert read_metrics(tmp_path / "metrics.jsonl") == []
 
 
 def test_metrics_that_cannot_be_written(tmp_path):

@@ -6,6 +6,7 @@ from qlakernels.backends import Backend, Call, installed, register, select
 from qlakernels.checks import check_cu_seqlens
 from qlakernels.gated_delta_rule import peers
 from qlakernels.gated_delta_rule.torch_chunk import chunk_gated_delta_rule_torch, dense_bounds
+from qlakernels.ranges import named_range
 
 OPERATOR = "gated_delta_rule"
 
@@ -143,7 +144,8 @@ def _run_torch(*, q, cu_seqlens, cu_seqlens_cpu, **arguments):
         bounds = dense_bounds(*q.shape[:2])
     else:
         bounds = tuple((cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu).tolist())
-    with torch.autocast(q.device.type, enabled=False):  # float32 inside, whatever the caller's autocast says
+    # float32 inside, whatever the caller's autocast says
+    with named_range(OPERATOR), torch.autocast(q.device.type, enabled=False):
         return chunk_gated_delta_rule_torch(q=q, bounds=bounds, **arguments)
 
 

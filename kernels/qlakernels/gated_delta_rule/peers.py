@@ -10,6 +10,7 @@ import torch
 
 from qlakernels.backends import Call, installed
 from qlakernels.gated_delta_rule.gates import log_decay, step_size
+from qlakernels.ranges import named_range
 
 FLA_SWITCH = "FLA_FLASH_QLA"  # FLA 0.6.0 reads it at each call; 0: it does not hand calls to FlashQLA
 HALF = (torch.bfloat16, torch.float16)
@@ -65,10 +66,11 @@ def _run(
     cu_seqlens_cpu,
     **arguments,
 ):
-    if use_gate_in_kernel:
-        g = log_decay(g, A_log, dt_bias)
-    if use_beta_sigmoid_in_kernel:
-        beta = step_size(beta, allow_neg_eigval)
-    if cu_seqlens is not None:
-        cu_seqlens = cu_seqlens.long()
-    return function(g=g.float(), beta=beta.float(), cu_seqlens=cu_seqlens, **arguments)
+    with named_range("gated_delta_rule"):
+        if use_gate_in_kernel:
+            g = log_decay(g, A_log, dt_bias)
+        if use_beta_sigmoid_in_kernel:
+            beta = step_size(beta, allow_neg_eigval)
+        if cu_seqlens is not None:
+            cu_seqlens = cu_seqlens.long()
+        return function(g=g.float(), beta=beta.float(), cu_seqlens=cu_seqlens, **arguments)
