@@ -4,11 +4,13 @@ Every tensor and every head by itself, at the bars of `hopper_helpers`; free mem
 With QLATRAIN_ERRORS_JSON set, the worst error of each test and tensor is written to that file.
 """
 
+import math
 import random
 
 import hopper_helpers
 import pytest
 import torch
+import torch.nn.functional as F
 from hopper_helpers import (
     ALL_OPTIONS,
     DOUBLED,
@@ -34,7 +36,8 @@ from hopper_helpers import (
 
 from qlakernels.gated_delta_rule.hopper import operator
 from qlakernels.gated_delta_rule.hopper.boundaries import MOST
-from qlakernels.gated_delta_rule.hopper.kernels import launcher
+from qlakernels.gated_delta_rule.hopper.kernels import launcher, rows_of_many_scans
+from qlakernels.gated_delta_rule.hopper.reach import BEYOND
 
 pytestmark = pytest.mark.gpu
 
@@ -44,13 +47,25 @@ HEAD_SIZES = [(key_dim, value_dim) for key_dim in (64, 96, 128) for value_dim in
 # ---------------------------------------------------------------- shapes
 
 
-@pytest.mark.parametrize("part", [64, 128])
+def plan_of(monkeypatch, part=None, segment=0):
+    """Makes calls take blocks of `part` rows of V, and segments of so many tokens."""
+
+    def plan(q, cu_seqlens, heads, value_dim):
+        documents, (batch, tokens) = operator._documents(q, cu_seqlens), q.shape[:2]
+        turns = batch * tokens // segment + documents if segment else documents
+        return operator.Plan(min(part or 128, rows_of_many_scans(value_dim)), segment, turns)
+
+    monkeypatch.setattr(operator, "_plan", plan)
+
+
+@pytest.mark.parametrize(("part", "segment"), [(64, 0), (128, 0), (128, 256)], ids=["64", "128", "segments"])
 @pytest.mark.parametrize(("key_dim", "value_dim"), HEAD_SIZES)
-def test_head_sizes(key_dim, value_dim, part, monkeypatch):
-    """With blocks of 64 rows of V and all prepared, as where scans are few, and of 128."""
-    monkeypatch.setattr(operator, "_plan", lambda *_: (min(part, value_dim if value_dim <= 64 else 128), part == 64))
+def test_head_sizes(key_dim, value_dim, part, segment, monkeypatch):
+    """With blocks of 64 rows of V, as where scans are few, of 128, and in segments."""
+    plan_of(monkeypatch, part, segment)
     shape = {"key_dim": key_dim, "value_dim": value_dim}
-    check(raw_inputs(lengths=[70, 0, 1, 200], decay=0.05, **shape), lengths=[70, 0, 1, 200], **ALL_OPTIONS)
+    lengths = [70, 0, 1, 200, 600 if segment else 5]
+    check(raw_inputs(lengths=lengths, decay=0.05, **shape), lengths=lengths, **ALL_OPTIONS)
     check(raw_inputs(tokens=600, batch=2, seed=1, **shape), seed=1, **ALL_OPTIONS)
 
 
@@ -343,6 +358,70 @@ def test_one_key(g):
 @pytest.mark.parametrize("beta", ["half", 1.98])
 def test_few_distinct_keys(beta, g):
     check(make_inputs(1000, keys="few", beta=beta, g=g), "few keys" if beta == 1.98 else "similar keys")
+
+
+@pytest.mark.parametrize("segment", [256, 512, 1024])
+@pytest.mark.parametrize("g", [0.0, -1e-3, "slow", "random", "mixed", -20.0])
+def test_segments(g, segment, monkeypatch):
+    """Cut where they would not be: documents that fill segments, and just do not, or have one token in the last."""
+    plan_of(monkeypatch, segment=segment)
+    lengths = [1, 512, 0, 513, 1024, 1023, 1300, 2049, 63]
+    bars = "no decay" if g == 0.0 else "ordinary"
+    check(make_inputs(lengths=lengths, g=g, beta="half"), bars, lengths=lengths, **L2NORM)
+
+
+@pytest.mark.parametrize("state", [False, True], ids=["no state", "state"])
+def test_segments_of_a_batch(state, monkeypatch):
+    plan_of(monkeypatch, segment=256)
+    check(raw_inputs(tokens=1000, batch=3, state=state, decay=0.02), **ALL_OPTIONS)
+
+
+def test_segments_of_keys_of_any_length(monkeypatch):
+    """No bound of what is left of a state: nothing is skipped."""
+    plan_of(monkeypatch, segment=256)
+    check(make_inputs(1000, keys="long", beta="half", g=-1.0))
+
+
+@pytest.mark.parametrize("reverse", [0, 1])
+@pytest.mark.parametrize("entered", [0, 1])
+def test_reach(reverse, entered):
+    """What a segment's scan has to see, against sums in float64."""
+    segment, heads, lengths = 512, 20, [1300, 0, 70, 512, 2048, 513]
+    inputs = with_raw_gates(make_inputs(lengths=lengths, key_heads=heads, value_heads=heads), decay=0.3)
+    g, beta = inputs["g"][0], inputs["beta"][0]
+    cu = boundaries(lengths)
+    slots, cuts, steps = sum(lengths) // 64 + len(lengths), sum(lengths) // segment + len(lengths), 3
+    bounds = torch.full((slots, heads), float("nan"), device=hopper_helpers.DEVICE)
+    reaches = torch.full((cuts, heads), -1, dtype=torch.int32, device=hopper_helpers.DEVICE)
+    decay = launcher(("decay", True, True, str(g.dtype)[6:], str(beta.dtype)[6:]))
+    decay(g, beta, inputs["A_log"], inputs["dt_bias"], cu, bounds, 3.0, steps)
+    launcher(("reach", True))(cu, bounds, reaches, segment, steps, entered, reverse)
+
+    step_size = 3 * torch.sigmoid(beta.double())
+    log = -inputs["A_log"].double().exp() * F.softplus(g.double() + inputs["dt_bias"].double())
+    log = log / math.log(2) + (1 - step_size).abs().clamp(min=1).log2()
+    expected = torch.zeros_like(reaches)
+    exact = torch.zeros_like(bounds)
+    first = 0
+    for n, length in enumerate(lengths):
+        chunks = [log[i : min(i + 64, first + length)].sum(0) for i in range(first, first + length, 64)]
+        base, per = first // 64 + n, segment // 64
+        for i, chunk in enumerate(chunks):
+            exact[base + i] = chunk
+        parts = [chunks[i : i + per] for i in range(0, len(chunks), per)]
+        for s, part in enumerate(parts):
+            if s == (0 if reverse else len(parts) - 1):
+                continue
+            sums = torch.stack(part if reverse else part[::-1]).cumsum(0)
+            found = (sums >= -BEYOND).sum(0) + 1  # sums descend
+            opens = s == (len(parts) - 1 if reverse else 0)
+            found = found.clamp(max=len(part) + (1 if entered or not opens else 0))
+            expected[first // segment + n + s] = found
+        first += length
+    written = exact != 0
+    torch.testing.assert_close(bounds[written], exact[written], rtol=1e-4, atol=1e-2)
+    assert (reaches >= 0).all() and reaches.unique().numel() > 4
+    assert ((reaches - expected).abs() <= ((expected > 0) & (reaches > 0)).int()).all()  # one on the edge
 
 
 def test_few_distinct_keys_through_segments():

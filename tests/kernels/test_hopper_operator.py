@@ -10,11 +10,16 @@ from torch.library import opcheck
 
 from qlakernels.gated_delta_rule.hopper import constants, operator
 from qlakernels.gated_delta_rule.hopper.gate_gradients import TOKENS
+from qlakernels.gated_delta_rule.hopper.kernels import specialisations
 
 OUTPUTS = {  # of each kernel: the places of its outputs among its arguments
     "boundaries": [1],
-    "prepare": range(7, 12),
-    "prepare_reverse": range(7, 12),
+    "decay": [5],
+    "reach": [2],
+    **dict.fromkeys(("prepare", "prepare_reverse"), range(8, 11)),
+    **dict.fromkeys(("segments", "segments_reverse"), range(8, 10)),
+    "stitch": [3],
+    "stitch_reverse": [3],
     "forward": range(10, 14),
     "reverse": range(10, 15),
     "gradients": range(10, 15),
@@ -49,13 +54,9 @@ def launches(monkeypatch):
 
         return launch
 
-    def launchers(key_dim, value_dim, dtype, l2norm, gate, sigmoid, raw_dtype, beta_dtype, keep, part, ready):
-        every = dict.fromkeys(("boundaries", "prepare", "prepare_reverse", "forward"))
-        if keep:
-            every |= dict.fromkeys(("reverse", "gradients"))
-            if gate or sigmoid:
-                every["gate_gradients"] = None
-        return {name: launching(name) for name in every}
+    def launchers(key_dim, value_dim, dtype, l2norm, gate, sigmoid, raw_dtype, beta_dtype, keep, part, cut):
+        options = l2norm, gate, sigmoid, raw_dtype, beta_dtype
+        return {name: launching(name) for name in specialisations(128, 128, dtype, *options, keep, part, cut)}
 
     monkeypatch.setattr(operator, "_launchers", launchers)
     monkeypatch.setattr(operator, "_multiprocessors", lambda device: 132)
@@ -84,10 +85,49 @@ def packed(inputs):
 def test_launches(launches):
     inputs = make_inputs(requires_grad=False)
     operator.run(**inputs, **OPTIONS)
-    assert launches == ["prepare", "forward"]
+    assert launches == ["forward"]
     launches.clear()
     operator.run(**packed(inputs), **OPTIONS | {"cu_seqlens": PACKED.long()})
-    assert launches == ["boundaries", "prepare", "forward"]
+    assert launches == ["boundaries", "forward"]
+
+
+@pytest.mark.parametrize("l2norm", [True, False])
+def test_launches_of_segments(l2norm, launches, monkeypatch):
+    monkeypatch.setattr(operator, "LEAST_SEGMENT", 256)
+    inputs = make_inputs(tokens=700)
+    o, _ = operator.run(**inputs, **OPTIONS | {"use_qk_l2norm_in_kernel": l2norm})
+    reach = ["decay", "reach"] if l2norm else ["reach"]
+    assert launches == [*reach, "prepare", "segments", "stitch", "forward"]
+    launches.clear()
+    o.float().sum().backward()
+    entered = [*reach, "prepare_reverse", "segments_reverse", "stitch_reverse"]
+    assert launches == [*entered, "reverse", "gradients", "gate_gradients"]
+    assert all(x.grad.isfinite().all() for x in inputs.values())
+
+
+@pytest.mark.parametrize(
+    ("shape", "documents", "plan"),
+    [
+        ((8, 4096, 32, 128), None, (128, 0, 8)),  # enough rows
+        ((8, 4096, 32, 64), None, (64, 0, 8)),
+        ((1, 32768, 32, 128), None, (128, 8192, 5)),
+        ((1, 32768, 8, 128), None, (128, 2048, 17)),
+        ((1, 32768, 8, 256), None, (128, 4096, 9)),  # two blocks to a head
+        ((2, 8192, 32, 128), None, (64, 0, 2)),  # two segments are too few
+        ((2, 8192, 8, 128), None, (128, 1024, 18)),
+        ((1, 1024, 8, 128), None, (64, 0, 1)),
+        ((1, 1025, 8, 128), None, (128, 1024, 2)),
+        ((1, 32768, 32, 128), 16, (128, 0, 16)),  # enough documents, whatever their lengths
+        ((1, 32768, 32, 128), 2, (128, 8192, 6)),  # one of them may be nearly all
+        ((1, 32768, 8, 128), 16, (128, 2048, 32)),
+        ((1, 32768, 8, 128), 100, (128, 0, 100)),
+    ],
+)
+def test_plan(shape, documents, plan):
+    batch, tokens, heads, value_dim = shape
+    q = torch.empty(batch, tokens, 1, 1)
+    cu_seqlens = None if documents is None else torch.empty(documents + 1, dtype=torch.int32)
+    assert operator._plan(q, cu_seqlens, heads, value_dim) == plan
 
 
 @pytest.mark.parametrize("gates", [True, False])
@@ -103,7 +143,7 @@ def test_gradients(gates, launches):
     launches.clear()
     wanted = [x for x in inputs.values() if x is not None]
     gradients = torch.autograd.grad([o, final_state], wanted, [torch.ones_like(o), torch.ones_like(final_state)])
-    assert launches == ["prepare_reverse", "reverse", "gradients", *(["gate_gradients"] if gates else [])]
+    assert launches == ["reverse", "gradients", *(["gate_gradients"] if gates else [])]
     for x, gradient in zip(wanted, gradients, strict=True):
         assert gradient.shape == x.shape and gradient.dtype == x.dtype and gradient.isfinite().all()
     if gates:  # both sums over the blocks of tokens

@@ -372,17 +372,6 @@ def make_N(
 
 
 @T.macro
-def bring_made(N, P, vectors, slot, head, N_s, P_s, vec, made_full, made_empty, step):
-    """What `prepare` made of a chunk, to the places of this step of a scan; by a warp."""
-    place = step % PLACES
-    wait(made_empty, place, (step // PLACES + 1) % 2)
-    T.tma_copy(N[slot, head, :, :], N_s[place, :, :], barrier=made_full[place])
-    T.tma_copy(P[slot, head, :, :], P_s[place, :, :], barrier=made_full[place])
-    T.tma_copy(vectors[slot, head, :, :], vec[place, :, :], barrier=made_full[place])
-    arrive(made_full, place)
-
-
-@T.macro
 def serve_gates(
     vec, lane, raw, next_raw, other, g, beta, A_log, dt_bias, start, length, chunks, head, beta_factor, k_empty,
     gates_full, gate, sigmoid, reverse, gates, slot,

@@ -92,16 +92,38 @@ FIRST, LEFT, BASE = 3, 4, 5  # what `locate` leaves in `place`
 
 
 @T.macro
-def locate(cu_seqlens, documents, slot, steps, place):
-    """Where a slot of STATE_STRIDE tokens lies: place[FIRST] ← its first token, place[LEFT] ← the tokens from there to
-    the end of its document (none or fewer where the slot is idle), place[BASE] ← the slot of its first chunk.
-    place is a local int32 [6]."""
-    find_document(cu_seqlens, documents, slot, steps, STATE_STRIDE, place)
+def locate(cu_seqlens, documents, slot, steps, stride, place):
+    """Where a slot of `stride` tokens, a multiple of CHUNK, lies: place[0] ← its document, place[FIRST] ← its first
+    token, place[LEFT] ← the tokens from there to the end of the document (none or fewer where the slot is idle),
+    place[BASE] ← the slot of its first chunk. place is a local int32 [6]."""
+    find_document(cu_seqlens, documents, slot, steps, stride, place)
     place[2] = cu_seqlens[place[0]]
-    place[1] = slot - place[2] // STATE_STRIDE - place[0]
-    place[FIRST] = place[2] + place[1] * STATE_STRIDE
+    place[1] = slot - place[2] // stride - place[0]
+    place[FIRST] = place[2] + place[1] * stride
     place[LEFT] = cu_seqlens[place[0] + 1] - place[FIRST]
-    place[BASE] = place[2] // CHUNK + place[0] + place[1] * (STATE_STRIDE // CHUNK)
+    place[BASE] = place[2] // CHUNK + place[0] + place[1] * (stride // CHUNK)
+
+
+LENGTH, OPENS, CLOSES = 1, 2, 6  # what `take_turn` leaves in `place` besides
+
+
+@T.macro
+def take_turn(cu_seqlens, order, documents, turn, in_segments, segment, steps, place):
+    """What a scan's block takes: a document, the longest first, or `in_segments` one slot of `segment` tokens. As
+    `locate`, and place[LENGTH] ← its tokens, perhaps none, place[OPENS] and place[CLOSES] ← whether its document
+    begins and ends with it. place is a local int32 [7]."""
+    if in_segments:
+        locate(cu_seqlens, documents, turn, steps, segment, place)
+        place[LENGTH] = T.max(0, T.min(segment, place[LEFT]))
+        place[OPENS] = T.cast(place[FIRST] == cu_seqlens[place[0]], "int32")
+        place[CLOSES] = T.cast(place[LEFT] <= segment and place[LENGTH] + place[OPENS] > 0, "int32")
+    else:
+        place[0] = order[turn]
+        place[FIRST] = cu_seqlens[place[0]]
+        place[LENGTH] = cu_seqlens[place[0] + 1] - place[FIRST]
+        place[BASE] = place[FIRST] // CHUNK + place[0]
+        place[OPENS] = 1
+        place[CLOSES] = 1
 
 
 @T.macro

@@ -41,7 +41,6 @@ from qlakernels.gated_delta_rule.hopper.chunk import (
     STAGES,
     STATE_KAPPA,
     VECTORS,
-    bring_made,
     cut,
     serve_gates,
     serve_keys,
@@ -50,6 +49,9 @@ from qlakernels.gated_delta_rule.hopper.chunk import (
 )
 from qlakernels.gated_delta_rule.hopper.common import (
     CHUNK,
+    CLOSES,
+    FIRST,
+    LENGTH,
     PRELUDE,
     STATE_STRIDE,
     arrive,
@@ -58,16 +60,17 @@ from qlakernels.gated_delta_rule.hopper.common import (
     load_tail_of,
     release_tiles,
     state_layout,
+    take_turn,
     transposed_accumulator,
     wait,
 )
 
-# consumers, is all prepared → registers of a thread of consumers, auxiliary, producer; 0: as many as there are
-REGISTERS = {(1, False): (216, 168, 120), (2, False): (192, 88, 40), (1, True): (0, 0, 0), (2, True): (232, 0, 40)}
+# consumers → registers of a thread of theirs, of the auxiliary, of the producer
+REGISTERS = {1: (216, 168, 120), 2: (192, 88, 40)}
 
 
-def forward_kernel(key_dim, value_dim, dtype, part, ready, l2norm, gate, sigmoid, raw_dtype, beta_dtype, keep):
-    """`part`: rows of V a block takes, 64 or 128. `ready`: what is made of a chunk comes from `prepare`. `keep`: write
+def forward_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_dtype, beta_dtype, keep):
+    """`part`: rows of V a block takes, 64 or 128. `keep`: write
     W and the states that the backward needs."""
     C = CHUNK
     K, V = key_dim, value_dim
@@ -76,16 +79,16 @@ def forward_kernel(key_dim, value_dim, dtype, part, ready, l2norm, gate, sigmoid
     folded = folds_decay(dtype)
     rows_first = T.GemmWarpPolicy.FullRow
     columns_first = T.GemmWarpPolicy.FullCol
-    base = consumers if ready else consumers + 128  # the producer's first thread
+    base = consumers + 128  # the producer's first thread
     threads = base + 128
-    registers, auxiliary_registers, producer_registers = REGISTERS[warpgroups, ready]
+    registers, auxiliary_registers, producer_registers = REGISTERS[warpgroups]
     tokens, heads, groups = T.dynamic("tokens"), T.dynamic("heads"), T.dynamic("groups")
     documents, kept, starts, ends = (T.dynamic(x) for x in ("documents", "kept", "starts", "ends"))
     q_token, q_head = T.dynamic("q_token"), T.dynamic("q_head")
     k_token, k_head = T.dynamic("k_token"), T.dynamic("k_head")
     v_token, v_head = T.dynamic("v_token"), T.dynamic("v_head")
-    g_token, b_token, prepared = T.dynamic("g_token"), T.dynamic("b_token"), T.dynamic("prepared")
-    written = T.dynamic("written")
+    g_token, b_token = T.dynamic("g_token"), T.dynamic("b_token")
+    written, cuts = T.dynamic("written"), T.dynamic("cuts")
 
     @T.prim_func
     def forward(
@@ -103,14 +106,15 @@ def forward_kernel(key_dim, value_dim, dtype, part, ready, l2norm, gate, sigmoid
         W: T.Tensor((written, heads, V), dtype),
         states: T.Tensor((kept, heads, V, K), dtype),
         final_state: T.Tensor((ends, heads, K, V), "float32"),
-        N: T.Tensor((prepared, heads, C, C), dtype),
-        P: T.Tensor((prepared, heads, C, C), dtype),
-        vectors: T.Tensor((prepared, heads, VECTORS, C), "float32"),
+        segment_states: T.Tensor((cuts, heads, V, K), "float32"),
         scale: T.float32,
         beta_factor: T.float32,
         ratio: T.int32,
+        turns: T.int32,
+        segment: T.int32,
+        steps: T.int32,
     ):
-        with T.Kernel(T.ceildiv(V, part), heads, documents, threads=threads) as (p, head, turn):
+        with T.Kernel(T.ceildiv(V, part), heads, turns, threads=threads) as (p, head, turn):
             T.import_source(PRELUDE)
             q_s = T.alloc_shared((Q_STAGES, C, K), dtype)
             k_s = T.alloc_shared((STAGES, C, K), dtype)
@@ -147,7 +151,7 @@ def forward_kernel(key_dim, value_dim, dtype, part, ready, l2norm, gate, sigmoid
             v_full, v_empty = T.alloc_barrier([32]), T.alloc_barrier([consumers])
             gates_full, query_full = T.alloc_barrier([32] * STAGES), T.alloc_barrier([64] * STAGES)
             key_full = T.alloc_barrier([128] * STAGES)
-            made_full = T.alloc_barrier([32 if ready else 128] * PLACES)
+            made_full = T.alloc_barrier([128] * PLACES)
             made_empty = T.alloc_barrier([consumers] * PLACES)
             P_full = T.alloc_barrier([consumers] * PLACES)
             T.annotate_layout(
@@ -156,33 +160,36 @@ def forward_kernel(key_dim, value_dim, dtype, part, ready, l2norm, gate, sigmoid
                 | {S_s: state_layout(S_s)}
             )
             thread = T.get_thread_binding()
+            place = T.alloc_local((7,), "int32")
+            take_turn(cu_seqlens, order, documents, turn, cuts > 0, segment, steps, place)
             document = T.alloc_var("int32")
-            document = order[turn]
+            document = place[0]
             group = T.alloc_var("int32")
             group = head // ratio
             start = T.alloc_var("int32")
             length = T.alloc_var("int32")
-            start = cu_seqlens[document]
-            length = cu_seqlens[document + 1] - start
+            start = place[FIRST]
+            length = place[LENGTH]
             chunks = T.alloc_var("int32")
             chunks = T.ceildiv(length, C)
-            slot = T.alloc_var("int32")
-            slot = start // STATE_STRIDE + document
-            chunk_slot = T.alloc_var("int32")
-            chunk_slot = start // C + document
+            closes = T.alloc_var("int32")
+            closes = place[CLOSES]
+            kept_slot = T.alloc_var("int32")  # of the first state kept
+            kept_slot = cu_seqlens[document] // STATE_STRIDE + document + (start - cu_seqlens[document]) // STATE_STRIDE
 
             if thread < consumers:
-                if registers:
-                    T.set_max_nreg(registers, 1)
+                T.set_max_nreg(registers, 1)
                 columns = p * part
-                if starts > 0:
+                if cuts > 0:
+                    for i, j in T.Parallel(part, K):
+                        S[i, j] = segment_states[turn, head, columns + i, j]
+                elif starts > 0:
                     for i, j in T.Parallel(part, K):
                         S[i, j] = initial_state[document, head, j, columns + i]
                 else:
                     T.clear(S)
                 for c in T.serial(chunks):
                     stage = c % STAGES
-                    at = c % PLACES if ready else stage  # of the vectors
                     T.copy(S, S_r)
                     if keep:
                         if c % (STATE_STRIDE // C) == 0:
@@ -191,70 +198,61 @@ def forward_kernel(key_dim, value_dim, dtype, part, ready, l2norm, gate, sigmoid
                     T.wgmma_gemm(S_r, k_s[stage, :, :], X, transpose_B=True, clear_accum=True, policy=rows_first)
                     wait(q_full, c % Q_STAGES, c // Q_STAGES % 2)
                     T.wgmma_gemm(S_r, q_s[c % Q_STAGES, :, :], O, transpose_B=True, clear_accum=True, policy=rows_first)
-                    if ready:
-                        wait(made_full, c % PLACES, c // PLACES % 2)
-                    else:
-                        wait(key_full, stage, c // STAGES % 2)
+                    wait(key_full, stage, c // STAGES % 2)
                     T.wait_wgmma(1)
                     T.warpgroup_fence_operand(X, num_regs=32)
                     for i, j in T.Parallel(part, C):
-                        X[i, j] *= -vec[at, STATE_KAPPA, j]
+                        X[i, j] *= -vec[stage, STATE_KAPPA, j]
                     T.wait_wgmma(0)
                     T.warpgroup_fence_operand(O, num_regs=32)
-                    if ready:
-                        arrive(q_empty, c % Q_STAGES)
-                    else:
-                        wait(query_full, stage, c // STAGES % 2)
-                        T.wgmma_gemm(
-                            q_s[c % Q_STAGES, :, :],
-                            k_s[stage, :, :],
-                            Pf,
-                            transpose_B=True,
-                            clear_accum=True,
-                            policy=columns_first,
-                        )
+                    wait(query_full, stage, c // STAGES % 2)
+                    T.wgmma_gemm(
+                        q_s[c % Q_STAGES, :, :],
+                        k_s[stage, :, :],
+                        Pf,
+                        transpose_B=True,
+                        clear_accum=True,
+                        policy=columns_first,
+                    )
                     wait(v_full, 0, c % 2)
                     T.copy(v_s, v_f)
                     for i, j in T.Parallel(part, C):
                         X[i, j] += T.cast(v_f[j, i], "float32")
                     release_tiles()  # v has been read when its place is given back: see common
                     arrive(v_empty, 0)
-                    if not ready:
-                        wait(made_full, c % PLACES, c // PLACES % 2)
+                    wait(made_full, c % PLACES, c // PLACES % 2)
                     T.copy(X, left)
                     T.wgmma_gemm(left, N_s[c % PLACES, :, :], X, transpose_B=True, policy=rows_first)
-                    if not ready:
-                        T.wait_wgmma(1)
-                        T.warpgroup_fence_operand(Pf, num_regs=C * C // consumers)
-                        arrive(q_empty, c % Q_STAGES)
-                        for i, j in T.Parallel(C, C):
-                            Pf[i, j] *= vec[at, ROW_P, i]
-                        if not folded or vec[at, LOG2, C - 1] <= -FAR:
-                            weigh(Pf, vec, at, LOG2, RIGHT_P)
-                        cut(Pf, C * C // consumers, False)
-                        T.copy(Pf, P_s[c % PLACES, :, :])
-                        release_tiles()
-                        arrive(P_full, c % PLACES)
+                    T.wait_wgmma(1)
+                    T.warpgroup_fence_operand(Pf, num_regs=C * C // consumers)
+                    arrive(q_empty, c % Q_STAGES)
+                    for i, j in T.Parallel(C, C):
+                        Pf[i, j] *= vec[stage, ROW_P, i]
+                    if not folded or vec[stage, LOG2, C - 1] <= -FAR:
+                        weigh(Pf, vec, stage, LOG2, RIGHT_P)
+                    cut(Pf, C * C // consumers, False)
+                    T.copy(Pf, P_s[c % PLACES, :, :])
+                    release_tiles()
+                    arrive(P_full, c % PLACES)
                     for i, j in T.Parallel(part, C):
-                        O[i, j] *= vec[at, OUTPUT, j]
+                        O[i, j] *= vec[stage, OUTPUT, j]
                     for i, j in T.Parallel(part, K):
-                        S[i, j] *= vec[at, GAMMA, C - 1]
+                        S[i, j] *= vec[stage, GAMMA, C - 1]
                     T.wait_wgmma(0)
                     T.warpgroup_fence_operand(X, num_regs=32)
                     for i, j in T.Parallel(part, C):
-                        W_f[j, i] = X[i, j] * vec[at, BAR, j]
+                        W_f[j, i] = X[i, j] * vec[stage, BAR, j]
                     for i, j in T.Parallel(part, C):
                         left[i, j] = W_f[j, i]
                     T.tma_store_wait(0)
                     T.sync_threads(1, consumers)  # the outputs of the chunk before have left o_s and W_s
                     if keep:
                         T.copy(W_f, W_s)
-                    if not ready:
-                        wait(P_full, c % PLACES, c // PLACES % 2)
+                    wait(P_full, c % PLACES, c // PLACES % 2)
                     T.wgmma_gemm(left, P_s[c % PLACES, :, :], O, transpose_B=True, policy=rows_first)
                     if not folded:
                         for i, j in T.Parallel(part, C):
-                            into[i, j] = T.cast(W_f[j, i], "float32") * vec[at, INTO_STATE, j]
+                            into[i, j] = T.cast(W_f[j, i], "float32") * vec[stage, INTO_STATE, j]
                     T.wgmma_gemm(left if folded else into, k_s[stage, :, :], S, policy=rows_first)
                     T.wait_wgmma(1)
                     T.warpgroup_fence_operand(O, num_regs=32)
@@ -266,7 +264,9 @@ def forward_kernel(key_dim, value_dim, dtype, part, ready, l2norm, gate, sigmoid
                     T.sync_threads(1, consumers)
                     if keep:
                         if c % (STATE_STRIDE // C) == 0:
-                            T.tma_copy(S_s, states[slot + c // (STATE_STRIDE // C), head, columns : columns + part, :])
+                            T.tma_copy(
+                                S_s, states[kept_slot + c // (STATE_STRIDE // C), head, columns : columns + part, :]
+                            )
                     first = start + c * C
                     if c * C + C <= length:
                         T.tma_copy(o_s, o[first : first + C, head, columns : columns + part])
@@ -283,7 +283,7 @@ def forward_kernel(key_dim, value_dim, dtype, part, ready, l2norm, gate, sigmoid
                     T.wait_wgmma(0)
                     T.warpgroup_fence_operand(S, num_regs=K // 2)
                     arrive(k_empty, stage)
-                if ends > 0:
+                if ends > 0 and closes > 0:
                     for i, j in T.Parallel(part, K):
                         final_state[document, head, j, columns + i] = S[i, j]
                 T.tma_store_wait(0)
@@ -295,8 +295,7 @@ def forward_kernel(key_dim, value_dim, dtype, part, ready, l2norm, gate, sigmoid
                     False,
                 )  # fmt: skip
             else:
-                if registers:
-                    T.set_max_nreg(producer_registers, 0)
+                T.set_max_nreg(producer_registers, 0)
                 if thread < base + 32:
                     for c in T.serial(chunks):
                         stage = c % STAGES
@@ -326,33 +325,29 @@ def forward_kernel(key_dim, value_dim, dtype, part, ready, l2norm, gate, sigmoid
                             load_tail_of(v_s, v, first, head, columns, left_rows, part)
                             release_tiles()
                         arrive(v_full, 0)
-                        if ready:
-                            bring_made(N, P, vectors, chunk_slot + c, head, N_s, P_s, vec, made_full, made_empty, c)
                 elif thread < base + 64:
-                    if keep:  # the place that no state of this document takes, if there is one
-                        used = T.ceildiv(length, STATE_STRIDE)
-                        if slot + used < (start + length) // STATE_STRIDE + document + 1:
+                    if keep and closes > 0:  # the place that no state of this document takes, if there is one
+                        used = kept_slot + T.ceildiv(length, STATE_STRIDE)
+                        if used < (start + length) // STATE_STRIDE + document + 1:
                             for block in T.serial(T.ceildiv(part * K, 32 * 8)):
                                 row = (block * 32 + thread % 32) // (K // 8)
                                 if row < part and p * part + row < V:
                                     for x in T.vectorized(8):
                                         states[
-                                            slot + used,
+                                            used,
                                             head,
                                             p * part + row,
                                             (block * 32 + thread % 32) % (K // 8) * 8 + x,
                                         ] = 0
-                    if not ready:
-                        serve_gates(
-                            vec, thread % 32, raw, next_raw, other, g, beta, A_log, dt_bias, start, length, chunks,
-                            head, beta_factor, k_empty, gates_full, gate, sigmoid, False, None, 0,
-                        )  # fmt: skip
+                    serve_gates(
+                        vec, thread % 32, raw, next_raw, other, g, beta, A_log, dt_bias, start, length, chunks,
+                        head, beta_factor, k_empty, gates_full, gate, sigmoid, False, None, 0,
+                    )  # fmt: skip
                 else:
-                    if not ready:
-                        serve_queries(
-                            vec, thread - base - 64, q_s, q_full, k_empty, gates_full, query_full, chunks, scale, a_,
-                            b_, out, K, dtype, l2norm, folded, False, None, 0, group,
-                            False,
-                        )  # fmt: skip
+                    serve_queries(
+                        vec, thread - base - 64, q_s, q_full, k_empty, gates_full, query_full, chunks, scale, a_,
+                        b_, out, K, dtype, l2norm, folded, False, None, 0, group,
+                        False,
+                    )  # fmt: skip
 
     return forward

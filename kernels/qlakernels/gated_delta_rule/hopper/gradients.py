@@ -263,7 +263,7 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
                 for turn in T.serial(T.ceildiv(items - worker, workers)):
                     slot = (worker + turn * workers) // groups
                     group = (worker + turn * workers) % groups
-                    locate(cu_seqlens, documents, slot, steps, place)
+                    locate(cu_seqlens, documents, slot, steps, STATE_STRIDE, place)
                     for c in T.serial(per_item):
                         first = place[FIRST] + c * C
                         left = place[LEFT] - c * C
@@ -383,7 +383,7 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
                 for turn in T.serial(T.ceildiv(items - worker, workers)):
                     slot = (worker + turn * workers) // groups
                     group = (worker + turn * workers) % groups
-                    locate(cu_seqlens, documents, slot, steps, place)
+                    locate(cu_seqlens, documents, slot, steps, STATE_STRIDE, place)
                     for c in T.serial(per_item):
                         first = place[FIRST] + c * C
                         left = place[LEFT] - c * C
@@ -476,7 +476,7 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
                     for turn in T.serial(T.ceildiv(items - worker, workers)):
                         slot = (worker + turn * workers) // groups
                         group = (worker + turn * workers) % groups
-                        locate(cu_seqlens, documents, slot, steps, place)
+                        locate(cu_seqlens, documents, slot, steps, STATE_STRIDE, place)
                         for c in T.serial(per_item):
                             first = place[FIRST] + c * C
                             left = place[LEFT] - c * C
@@ -515,7 +515,7 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
                     for turn in T.serial(T.ceildiv(items - worker, workers)):
                         slot = (worker + turn * workers) // groups
                         group = (worker + turn * workers) % groups
-                        locate(cu_seqlens, documents, slot, steps, place)
+                        locate(cu_seqlens, documents, slot, steps, STATE_STRIDE, place)
                         for c in T.serial(per_item):
                             left = place[LEFT] - c * C
                             if left > 0:
@@ -577,7 +577,7 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
                     for turn in T.serial(T.ceildiv(items - worker, workers)):
                         slot = (worker + turn * workers) // groups
                         group = (worker + turn * workers) % groups
-                        locate(cu_seqlens, documents, slot, steps, place)
+                        locate(cu_seqlens, documents, slot, steps, STATE_STRIDE, place)
                         for c in T.serial(per_item):
                             first = place[FIRST] + c * C
                             left = place[LEFT] - c * C

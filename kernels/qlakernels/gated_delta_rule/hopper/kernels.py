@@ -20,12 +20,20 @@ from qlakernels.gated_delta_rule.hopper.forward import forward_kernel
 from qlakernels.gated_delta_rule.hopper.gate_gradients import gate_gradients_kernel
 from qlakernels.gated_delta_rule.hopper.gradients import gradients_kernel
 from qlakernels.gated_delta_rule.hopper.prepare import prepare_kernel
+from qlakernels.gated_delta_rule.hopper.reach import decay_kernel, reach_kernel
 from qlakernels.gated_delta_rule.hopper.reverse import reverse_kernel
+from qlakernels.gated_delta_rule.hopper.segments import segments_kernel, stitch_kernel
 
 MAKERS = {
     "boundaries": boundaries_kernel,
+    "decay": decay_kernel,
+    "reach": reach_kernel,
     "prepare": prepare_kernel,
     "prepare_reverse": prepare_kernel,
+    "segments": segments_kernel,
+    "segments_reverse": segments_kernel,
+    "stitch": stitch_kernel,
+    "stitch_reverse": stitch_kernel,
     "forward": forward_kernel,
     "reverse": reverse_kernel,
     "gradients": gradients_kernel,
@@ -34,34 +42,45 @@ MAKERS = {
 
 # The scans synchronise by hand, and no two of their buffers share memory.
 BY_HAND = {"tl.disable_thread_storage_sync": True, "tl.disable_shared_memory_reuse": True}
-PASS_CONFIGS = dict.fromkeys(("prepare", "prepare_reverse", "forward", "reverse"), BY_HAND)
+IN_SEGMENTS = [name + suffix for name in ("prepare", "segments", "stitch") for suffix in ("", "_reverse")]
+PASS_CONFIGS = dict.fromkeys(("forward", "reverse", *IN_SEGMENTS), BY_HAND)
 
 _compiled: dict[tuple, object] = {}
 _lock = Lock()
 
 
 def specialisations(
-    key_dim, value_dim, dtype, l2norm, gate, sigmoid, raw_dtype, beta_dtype, keep, part=None, ready=False
+    key_dim, value_dim, dtype, l2norm, gate, sigmoid, raw_dtype, beta_dtype, keep, part=None, cut=False
 ) -> dict:
     """What one call needs, by name; with `keep` its backward as well. dtypes are names such as "bfloat16".
 
-    part: rows of V that a block of the scans takes, 64 or 128; what suits many scans when None. ready: for few scans,
-    which read what `prepare` has made of all chunks.
+    part: rows of V that a block of the scans takes, 64 or 128; what suits many scans when None. cut: documents into
+    segments.
     """
-    part = part or min(128, -(-value_dim // 64) * 64)
+    part = part or rows_of_many_scans(value_dim)
     options = l2norm, gate, sigmoid, raw_dtype, beta_dtype
-    scan = key_dim, value_dim, dtype, part, ready, *options
+    scan = key_dim, value_dim, dtype, part, *options
     needed = {"boundaries": ("boundaries",), "forward": ("forward", *scan, keep)}
-    if ready:
-        needed["prepare"] = ("prepare", key_dim, dtype, *options, False)
     if keep:
         needed["reverse"] = ("reverse", *scan)
-        if ready:
-            needed["prepare_reverse"] = ("prepare_reverse", key_dim, dtype, *options, True)
         needed["gradients"] = ("gradients", key_dim, value_dim, dtype, l2norm)
         if gate or sigmoid:
             needed["gate_gradients"] = ("gate_gradients", gate, sigmoid, raw_dtype, beta_dtype)
+    if cut:
+        if l2norm:
+            needed["decay"] = ("decay", gate, sigmoid, raw_dtype, beta_dtype)
+        needed["reach"] = ("reach", l2norm)
+        for suffix in ("", "_reverse") if keep else ("",):
+            reverse = bool(suffix)
+            needed["prepare" + suffix] = ("prepare" + suffix, key_dim, dtype, *options, reverse)
+            needed["segments" + suffix] = ("segments" + suffix, key_dim, value_dim, dtype, reverse)
+            needed["stitch" + suffix] = ("stitch" + suffix, key_dim, value_dim, reverse)
     return needed
+
+
+def rows_of_many_scans(value_dim: int) -> int:
+    """Of V, for a block of a scan where there are enough of them."""
+    return min(128, -(-value_dim // 64) * 64)
 
 
 def load(needed: list[tuple]) -> None:

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from functools import cache
+from typing import NamedTuple
 
 import torch
 
@@ -21,7 +22,10 @@ from qlakernels.gated_delta_rule.hopper.common import CHUNK, STATE_STRIDE
 from qlakernels.gated_delta_rule.hopper.constants import constant, equal_rows, zeros
 from qlakernels.gated_delta_rule.hopper.gate_gradients import TOKENS as GATE_TOKENS
 from qlakernels.gated_delta_rule.hopper.gradients import PART, value_parts
-from qlakernels.gated_delta_rule.hopper.kernels import launcher, load, specialisations
+from qlakernels.gated_delta_rule.hopper.kernels import launcher, load, rows_of_many_scans, specialisations
+
+LEAST_SEGMENT = 1024  # tokens; with shorter ones, or fewer to a document, the stitching costs more than it gains
+LEAST_CUTS = 3
 
 
 def run(
@@ -118,11 +122,11 @@ def _name(dtype: torch.dtype) -> str:
 
 @cache
 def _launchers(
-    key_dim, value_dim, dtype, l2norm, gate, sigmoid, raw_dtype, beta_dtype, keep, part, ready
+    key_dim, value_dim, dtype, l2norm, gate, sigmoid, raw_dtype, beta_dtype, keep, part, cut
 ) -> dict[str, Callable]:
     """The kernels of a call, and with `keep` of its backward, by name; compiled side by side where they are not yet."""
     dtypes = _name(raw_dtype), _name(beta_dtype)
-    needed = specialisations(key_dim, value_dim, _name(dtype), l2norm, gate, sigmoid, *dtypes, keep, part, ready)
+    needed = specialisations(key_dim, value_dim, _name(dtype), l2norm, gate, sigmoid, *dtypes, keep, part, cut)
     load(list(needed.values()))
     return {name: launcher(key) for name, key in needed.items()}
 
@@ -132,14 +136,41 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _plan(scans: int, value_dim: int, device: torch.device) -> tuple[int, bool]:
-    """(rows of V for a block of the scans, whether `prepare` runs before them), of `scans` documents times heads.
+class Plan(NamedTuple):
+    """How the scans are shared out.
 
-    Blocks of 128 rows share one N and P and the tiles of q and k. Few scans are cut into blocks of 64, of which there
-    are twice as many; what is made of a chunk is then made ahead on the rest of the chip.
+    part: rows of V for a block. segment: tokens of a segment, 0 where documents are not cut. turns: documents or
+    segments, a block to each `part` and head.
     """
-    few = 2 * scans * -(-value_dim // 128) <= _multiprocessors(device)
-    return (64 if few or value_dim <= 64 else 128), few
+
+    part: int
+    segment: int
+    turns: int
+
+    @property
+    def cut(self) -> bool:
+        return self.segment > 0
+
+
+def _plan(q: torch.Tensor, cu_seqlens: torch.Tensor | None, heads: int, value_dim: int) -> Plan:
+    """q [B, T, Hk, K], `heads` of values.
+
+    Blocks of 128 rows share one N and P and the tiles of q and k. Where there is room for several times as many,
+    documents are cut into segments that fill the chip once; short ones are taken by blocks of 64. How long packed
+    documents are is not known here; with few of them one may be nearly all.
+    """
+    documents, (rows, longest) = _documents(q, cu_seqlens), q.shape[:2]
+    chip, part = _multiprocessors(q.device), rows_of_many_scans(value_dim)
+    blocks = heads * -(-value_dim // 128)
+    segment = longest
+    if cu_seqlens is not None and documents * blocks < 2 * chip:
+        segment = -(-longest * blocks // chip)
+    elif documents * blocks * LEAST_CUTS <= chip:
+        segment = -(-longest // (chip // (documents * blocks)))
+    segment = max(-(-segment // STATE_STRIDE) * STATE_STRIDE, LEAST_SEGMENT)
+    if segment >= longest:
+        return Plan(64 if documents * blocks * 2 <= chip else part, 0, documents)
+    return Plan(part, segment, rows * longest // segment + documents)
 
 
 def _documents(q, cu_seqlens) -> int:
@@ -169,10 +200,33 @@ def _heard(cu_seqlens):
         raise
 
 
-def _made(q, slots, heads):
-    """N, P and the vectors of `slots` chunks, unwritten."""
-    N, P = (q.new_empty(slots, heads, CHUNK, CHUNK) for _ in range(2))
-    return N, P, q.new_empty(slots, heads, VECTORS, CHUNK, dtype=torch.float32)
+def _enter_segments(launch, plan, reverse, q, k, x, g, beta, A_log, dt_bias, cu, first_state, options, steps):
+    """What enters each segment, [cuts, Hv, V, K] in float32; x: v, or dO. None where nothing is cut.
+
+    first_state [documents or 0, Hv, K, V]: what enters the documents.
+    """
+    groups, key_dim = k.shape[1:]
+    heads, value_dim = x.shape[1:]
+    float32 = {"dtype": torch.float32}
+    states = q.new_empty(plan.turns if plan.cut else 0, heads, value_dim, key_dim, **float32)
+    if not plan.cut:
+        return states
+    slots, _ = _sizes(q.shape[0], cu.numel() - 1)
+    bounds = q.new_empty(slots, heads, **float32)
+    reaches = cu.new_empty(plan.turns, heads)
+    N, P = (q.new_empty(n, heads, CHUNK, CHUNK) for n in (slots, slots if reverse else 0))
+    vectors = q.new_empty(slots, heads, VECTORS, CHUNK, **float32)
+    maps = q.new_empty(plan.turns, heads, 2, key_dim, key_dim, dtype=torch.bfloat16)
+    suffix = "_reverse" if reverse else ""
+    if "decay" in launch:
+        launch["decay"](g, beta, A_log, dt_bias, cu, bounds, options[1], steps)
+    launch["reach"](cu, bounds, reaches, plan.segment, steps, int(first_state.shape[0] > 0), int(reverse))
+    launch["prepare" + suffix](
+        q, k, g, beta, A_log, dt_bias, cu, reaches, N, P, vectors, *options, heads // groups, plan.segment, steps
+    )
+    launch["segments" + suffix](q, k, x, cu, reaches, N, P, vectors, states, maps, heads // groups, plan.segment, steps)
+    launch["stitch" + suffix](cu, first_state, maps, states, plan.segment)
+    return states
 
 
 def _gates_and_norms(q, slots, heads, groups):
@@ -211,19 +265,17 @@ def _forward(
     if initial_state is None:
         initial_state = final_state.new_empty(0, heads, key_dim, value_dim)
     documents = _documents(q, cu_seqlens)
-    part, ready = _plan(documents * heads, value_dim, q.device)
-    launch = _launchers(key_dim, value_dim, q.dtype, l2norm, gate, sigmoid, g.dtype, beta.dtype, keep, part, ready)
+    plan = _plan(q, cu_seqlens, heads, value_dim)
+    launch = _launchers(
+        key_dim, value_dim, q.dtype, l2norm, gate, sigmoid, g.dtype, beta.dtype, keep, plan.part, plan.cut
+    )
     A_log, dt_bias = _gate_parameters(A_log, dt_bias, heads, q.device)
     with _heard(cu_seqlens):
         cu, order = _boundaries(launch, q, cu_seqlens)
         q, k, v, g, beta = tiles(q), tiles(k), tiles(v), rows(g), rows(beta)
-        slots, _ = _sizes(q.shape[0], documents)
-        made = _made(q, slots if ready else 0, heads)
-        options = scale, 2.0 if neg else 1.0
-        if ready:
-            gates, norms = _gates_and_norms(q, 0, heads, groups)
-            raw = q, k, g, beta, A_log, dt_bias, cu
-            launch["prepare"](*raw, *made, gates, norms, *options, _steps(documents), heads // groups)
+        options, steps = (scale, 2.0 if neg else 1.0), _steps(documents)
+        raw = g, beta, A_log, dt_bias, cu
+        segment_states = _enter_segments(launch, plan, False, q, k, v, *raw, initial_state, options, steps)
         launch["forward"](
             q,
             k,
@@ -239,9 +291,12 @@ def _forward(
             W,
             states,
             final_state,
-            *made,
+            segment_states,
             *options,
             heads // groups,
+            plan.turns,
+            plan.segment,
+            steps,
         )
     return o, final_state, W, states, (cu.new_empty(0) if cu_seqlens is None else order)
 
@@ -303,8 +358,10 @@ def _backward(
 ):
     """Returns dq, dk, dv, dg, dbeta (of the raw inputs), those of A_log and dt_bias as one [2, Hv], d_initial_state."""
     documents, shape = _documents(q, cu_seqlens), q.shape[:2]
-    part, ready = _plan(documents * W.shape[1], W.shape[2], q.device)
-    launch = _launchers(k.shape[3], W.shape[2], q.dtype, l2norm, gate, sigmoid, g.dtype, beta.dtype, True, part, ready)
+    plan = _plan(q, cu_seqlens, *W.shape[1:])
+    launch = _launchers(
+        k.shape[3], W.shape[2], q.dtype, l2norm, gate, sigmoid, g.dtype, beta.dtype, True, plan.part, plan.cut,
+    )  # fmt: skip
     if cu_seqlens is None:
         cu_seqlens, order = _boundaries(launch, q, None)
     q, k, do, g, beta = tiles(q), tiles(k), tiles(do), rows(g), rows(beta)
@@ -313,16 +370,15 @@ def _backward(
     ratio = heads // groups
     A_log, dt_bias = _gate_parameters(A_log, dt_bias, heads, q.device)
     gates, norms = _gates_and_norms(q, slots, heads, groups)
-    made = _made(q, slots if ready else 0, heads)
-    options = scale, 2.0 if neg else 1.0
-    if ready:
-        raw = q, k, g, beta, A_log, dt_bias, cu_seqlens
-        launch["prepare_reverse"](*raw, *made, gates, norms, *options, _steps(documents), ratio)
+    options, steps = (scale, 2.0 if neg else 1.0), _steps(documents)
     d_states = q.new_empty(slots, heads, value_dim, key_dim)
     dv = torch.empty_like(W)
     d_initial_state = gates.new_empty(documents if with_initial_state else 0, heads, key_dim, value_dim)
     if d_final_state is None:
         d_final_state = gates.new_empty(0, heads, key_dim, value_dim)
+    d_final_state = d_final_state.contiguous()
+    raw = g, beta, A_log, dt_bias, cu_seqlens
+    segment_states = _enter_segments(launch, plan, True, q, k, do, *raw, d_final_state, options, steps)
     launch["reverse"](
         q,
         k,
@@ -333,15 +389,18 @@ def _backward(
         dt_bias,
         cu_seqlens,
         order,
-        d_final_state.contiguous(),
+        d_final_state,
         dv,
         d_states,
         d_initial_state,
         gates,
         norms,
-        *made,
+        segment_states,
         *options,
         ratio,
+        plan.turns,
+        plan.segment,
+        steps,
     )
     dq, dk = (torch.empty(tokens, groups, key_dim, dtype=q.dtype, device=q.device) for _ in range(2))
     dg, dbeta = (gates.new_empty(tokens, heads) for _ in range(2))
@@ -364,7 +423,7 @@ def _backward(
         dg,
         dbeta,
         scale,
-        _steps(documents),
+        steps,
         ratio,
         workers,
     )

@@ -1,18 +1,16 @@
-"""P: what the scans need of each chunk, all chunks at once, where few scans leave most of the chip idle.
+"""P: what the scans of segments (`segments`) need of each chunk that they look at, all of these at once.
 
-Vectors, N and P of `chunk`, which a scan by itself makes beside its state: then the warpgroup that makes N bounds it,
-and not the chain of the state's own products. A block a chunk and value head. The first warpgroup makes N and the
-vectors of the keys; of the second one warp brings q and k, one makes the gates, two the vectors of the queries, all P.
-Shared memory (K = 128): q and k 32, N and P 16, the solve 24, vectors 3: 75 KB.
+Vectors, N, and for the reverse scan P, of `chunk`. LANES blocks share the chunks of a segment's head that are wanted
+(`reach`). The first warpgroup makes N and the vectors of the keys. Of the second, one warp brings k and q and one makes
+the gates; for the reverse scan two make the vectors of the queries, and all of them P.
+Shared memory (K = 128): q and k 32, N and P 16, the solve 24, vectors 3: 75 KB; 51 KB without q and P.
 """
 
 import tilelang.language as T
 
 from qlakernels.gated_delta_rule.hopper.chunk import (
-    FAR,
     LOG2,
     RIGHT_L,
-    RIGHT_P,
     ROW_P,
     VECTORS,
     clear_N,
@@ -25,24 +23,28 @@ from qlakernels.gated_delta_rule.hopper.chunk import (
     weigh,
 )
 from qlakernels.gated_delta_rule.hopper.common import (
+    BASE,
     CHUNK,
+    FIRST,
+    LENGTH,
     PRELUDE,
     arrive,
-    find_document,
-    folds_decay,
     load_tail,
     release_tiles,
+    take_turn,
     wait,
 )
 
+BLOCKS = 3  # of a multiprocessor
+LANES = 32  # blocks that share the chunks of a segment
+
 
 def prepare_kernel(key_dim, dtype, l2norm, gate, sigmoid, raw_dtype, beta_dtype, reverse):
-    """`reverse`: for the reverse scan, with gates and norms for `gradients` as well."""
+    """`reverse`: for the reverse scan."""
     C, K = CHUNK, key_dim
-    folded = folds_decay(dtype) and not reverse
     tokens, heads, groups = T.dynamic("tokens"), T.dynamic("heads"), T.dynamic("groups")
-    slots, documents = T.dynamic("slots"), T.dynamic("documents")
-    gate_slots = T.dynamic("gate_slots")
+    slots, documents, cuts = T.dynamic("slots"), T.dynamic("documents"), T.dynamic("cuts")
+    slots_of_P = T.dynamic("slots_of_P")  # none in the forward direction
     q_token, q_head = T.dynamic("q_token"), T.dynamic("q_head")
     k_token, k_head = T.dynamic("k_token"), T.dynamic("k_head")
     g_token, b_token = T.dynamic("g_token"), T.dynamic("b_token")
@@ -56,140 +58,127 @@ def prepare_kernel(key_dim, dtype, l2norm, gate, sigmoid, raw_dtype, beta_dtype,
         A_log: T.Tensor((heads,), "float32"),
         dt_bias: T.Tensor((heads,), "float32"),
         cu_seqlens: T.Tensor((documents + 1,), "int32"),
+        reaches: T.Tensor((cuts, heads), "int32"),
         N: T.Tensor((slots, heads, C, C), dtype),
-        P: T.Tensor((slots, heads, C, C), dtype),
+        P: T.Tensor((slots_of_P, heads, C, C), dtype),
         vectors: T.Tensor((slots, heads, VECTORS, C), "float32"),
-        gates: T.Tensor((gate_slots, heads, 2, C), "float32"),
-        norms: T.Tensor((gate_slots, groups, 2, C), "float32"),
         scale: T.float32,
         beta_factor: T.float32,
-        steps: T.int32,
         ratio: T.int32,
+        segment: T.int32,
+        steps: T.int32,
     ):
-        with T.Kernel(heads * slots, threads=256) as block:
+        with T.Kernel(LANES, heads, cuts, threads=256) as (lane, head, turn):
             T.import_source(PRELUDE)
-            q_s = T.alloc_shared((1, C, K), dtype)
+            T.annotate_min_blocks_per_sm(BLOCKS)
             k_s = T.alloc_shared((1, C, K), dtype)
             N_s = T.alloc_shared((1, C, C), dtype)
-            P_s = T.alloc_shared((C, C), dtype)
             vec = T.alloc_shared((1, VECTORS, C), "float32")
             L_s = T.alloc_shared((C, C + 8), "float16")
             inner_s = T.alloc_shared((C, C + 8), "float16")
             block_s = T.alloc_shared((C // 8, 8, 12), "float32")
-            Pf = T.alloc_fragment((C, C), "float32")
             kk = T.alloc_fragment((C, C), "float32")
             a, b, c_ = (T.alloc_local((8,), "float16") for _ in range(3))
             out, column = T.alloc_local((16,), "float32"), T.alloc_local((8,), "float32")
             raw, other = T.alloc_local((4,), "float32"), T.alloc_local((1,), "float32")
-            a_, b_ = T.alloc_local((8,), dtype), T.alloc_local((8,), dtype)
+            if reverse:
+                q_s = T.alloc_shared((1, C, K), dtype)
+                P_s = T.alloc_shared((C, C), dtype)
+                Pf = T.alloc_fragment((C, C), "float32")
+                a_, b_ = T.alloc_local((8,), dtype), T.alloc_local((8,), dtype)
             k_full, q_full = T.alloc_barrier([32]), T.alloc_barrier([32])
             gates_full, query_full, key_full = T.alloc_barrier([32]), T.alloc_barrier([64]), T.alloc_barrier([128])
             free = T.alloc_barrier([1])
             thread = T.get_thread_binding()
-            head = block % heads
-            slot = block // heads
-            place = T.alloc_local((3,), "int32")
-            find_document(cu_seqlens, documents, slot, steps, C, place)
-            document = T.alloc_var("int32")
-            document = place[0]
-            group = T.alloc_var("int32")
-            group = head // ratio
-            first = T.alloc_var("int32")
-            size = T.alloc_var("int32")
-            first = cu_seqlens[document] + (slot - cu_seqlens[document] // C - document) * C
-            size = cu_seqlens[document + 1] - first
-            if size > 0:
-                if thread < 128:
-                    clear_N(N_s, 1, inner_s)
-                    wait(k_full, 0, 0)
-                    T.gemm(k_s[0, :, :], k_s[0, :, :], kk, transpose_B=True, clear_accum=True)
-                    wait(gates_full, 0, 0)
-                    if reverse and head % ratio == 0:
-                        make_key_vectors(thread, vec, 0, kk, dtype, l2norm, reverse, norms, slot, group, reverse)
-                    else:
-                        make_key_vectors(thread, vec, 0, kk, dtype, l2norm, reverse, norms, slot, group, False)
-                    T.sync_threads(7, 128)
-                    arrive(key_full, 0)
-                    make_N(
-                        thread,
-                        7,
-                        vec,
-                        0,
-                        N_s,
-                        0,
-                        L_s,
-                        inner_s,
-                        block_s,
-                        kk,
-                        a,
-                        b,
-                        c_,
-                        out,
-                        column,
-                        free,
-                        1,
-                        not reverse,
-                    )
-                    T.sync_threads(7, 128)
-                    T.tma_copy(N_s[0, :, :], N[slot, head, :, :])
-                    T.tma_store_wait(0)
-                else:
-                    if thread < 160:
-                        if size >= C:
-                            T.tma_copy(k[first : first + C, group, :], k_s[0, :, :], barrier=k_full[0])
-                        else:
-                            load_tail(k_s, 0, k, first, group, 0, size, K)
-                            release_tiles()
-                        arrive(k_full, 0)
-                        if size >= C:
-                            T.tma_copy(q[first : first + C, group, :], q_s[0, :, :], barrier=q_full[0])
-                        else:
-                            load_tail(q_s, 0, q, first, group, 0, size, K)
-                            release_tiles()
-                        arrive(q_full, 0)
-                    elif thread < 192:
-                        rate = T.alloc_var("float32", init=0.0)
-                        bias = T.alloc_var("float32", init=0.0)
-                        if gate:
-                            rate = -T.exp(A_log[head])
-                            bias = dt_bias[head]
-                        load_gates(raw, g, beta, first, size, head, thread % 32)
-                        make_gates(
-                            vec, 0, thread % 32, raw, other, rate, bias, size, beta_factor, gate, sigmoid, gates, slot,
-                            head, reverse,
+            reached = T.alloc_var("int32")
+            reached = reaches[turn, head]
+            if lane < reached:
+                place = T.alloc_local((7,), "int32")
+                take_turn(cu_seqlens, cu_seqlens, documents, turn, True, segment, steps, place)
+                group = T.alloc_var("int32")
+                group = head // ratio
+                chunks = T.alloc_var("int32")
+                chunks = T.ceildiv(place[LENGTH], C)
+                first = T.alloc_var("int32")
+                size = T.alloc_var("int32")
+                slot = T.alloc_var("int32")
+                for step in T.serial(T.ceildiv(T.min(reached, chunks) - lane, LANES)):
+                    parity = step % 2
+                    near = step * LANES + lane
+                    c = near if reverse else chunks - 1 - near
+                    first = place[FIRST] + c * C
+                    size = place[LENGTH] - c * C
+                    slot = place[BASE] + c
+                    if thread < 128:
+                        if step == 0:
+                            clear_N(N_s, 1, inner_s)
+                        wait(k_full, 0, parity)
+                        T.gemm(k_s[0, :, :], k_s[0, :, :], kk, transpose_B=True, clear_accum=True)
+                        wait(gates_full, 0, parity)
+                        make_key_vectors(thread, vec, 0, kk, dtype, l2norm, reverse, None, 0, group, False)
+                        T.sync_threads(7, 128)
+                        arrive(key_full, 0)
+                        make_N(
+                            thread, 7, vec, 0, N_s, 0, L_s, inner_s, block_s, kk, a, b, c_, out, column, free, 1,
+                            not reverse,
                         )  # fmt: skip
-                        arrive(gates_full, 0)
+                        T.sync_threads(7, 128)
+                        T.tma_copy(N_s[0, :, :], N[slot, head, :, :])
+                        T.tma_store_wait(0)
                     else:
-                        wait(q_full, 0, 0)
-                        if reverse and head % ratio == 0:
-                            make_query_vectors(
-                                vec, 0, thread - 192, q_s, 0, gates_full, 0, scale, a_, b_, out, K, dtype, l2norm,
-                                folded, norms, slot, group, reverse,
+                        if thread < 160:
+                            if size >= C:
+                                T.tma_copy(k[first : first + C, group, :], k_s[0, :, :], barrier=k_full[0])
+                            else:
+                                load_tail(k_s, 0, k, first, group, 0, size, K)
+                                release_tiles()
+                            arrive(k_full, 0)
+                            if reverse:
+                                if size >= C:
+                                    T.tma_copy(q[first : first + C, group, :], q_s[0, :, :], barrier=q_full[0])
+                                else:
+                                    load_tail(q_s, 0, q, first, group, 0, size, K)
+                                    release_tiles()
+                                arrive(q_full, 0)
+                        elif thread < 192:
+                            rate = T.alloc_var("float32", init=0.0)
+                            bias = T.alloc_var("float32", init=0.0)
+                            if gate:
+                                rate = -T.exp(A_log[head])
+                                bias = dt_bias[head]
+                            load_gates(raw, g, beta, first, size, head, thread % 32)
+                            make_gates(
+                                vec, 0, thread % 32, raw, other, rate, bias, size, beta_factor, gate, sigmoid, None, 0,
+                                head, False,
                             )  # fmt: skip
-                        else:
+                            arrive(gates_full, 0)
+                        elif reverse:
+                            wait(q_full, 0, parity)
                             make_query_vectors(
-                                vec, 0, thread - 192, q_s, 0, gates_full, 0, scale, a_, b_, out, K, dtype, l2norm,
-                                folded, norms, slot, group, False,
+                                vec, 0, thread - 192, q_s, 0, gates_full, parity, scale, a_, b_, out, K, dtype, l2norm,
+                                False, None, 0, group, False,
                             )  # fmt: skip
-                        arrive(query_full, 0)
-                    wait(k_full, 0, 0)
-                    wait(q_full, 0, 0)
-                    T.gemm(q_s[0, :, :], k_s[0, :, :], Pf, transpose_B=True, clear_accum=True)
-                    wait(query_full, 0, 0)
-                    wait(key_full, 0, 0)
-                    for i, j in T.Parallel(C, C):
-                        Pf[i, j] *= vec[0, ROW_P, i]
-                    if not folded or vec[0, LOG2, C - 1] <= -FAR:
-                        weigh(Pf, vec, 0, LOG2, RIGHT_L if reverse else RIGHT_P)
-                    cut(Pf, C * C // 128, False)
-                    T.copy(Pf, P_s)
+                            arrive(query_full, 0)
+                        wait(key_full, 0, parity)
+                        if reverse:
+                            wait(k_full, 0, parity)
+                            wait(q_full, 0, parity)
+                            T.gemm(q_s[0, :, :], k_s[0, :, :], Pf, transpose_B=True, clear_accum=True)
+                            wait(query_full, 0, parity)
+                            for i, j in T.Parallel(C, C):
+                                Pf[i, j] *= vec[0, ROW_P, i]
+                            weigh(Pf, vec, 0, LOG2, RIGHT_L)
+                            cut(Pf, C * C // 128, False)
+                            T.copy(Pf, P_s)
+                            release_tiles()
+                            T.sync_threads(6, 128)
+                            T.tma_copy(P_s, P[slot, head, :, :])
+                        for x in T.unroll(VECTORS * C // 128):
+                            row = (x * 128 + thread - 128) // C
+                            column_of = (thread - 128) % C
+                            vectors[slot, head, row, column_of] = vec[0, row, column_of]
+                        T.tma_store_wait(0)
                     release_tiles()
-                    T.sync_threads(6, 128)
-                    T.tma_copy(P_s, P[slot, head, :, :])
-                    for x in T.unroll(VECTORS * C // 128):
-                        row = (x * 128 + thread - 128) // C
-                        column_of = (thread - 128) % C
-                        vectors[slot, head, row, column_of] = vec[0, row, column_of]
-                    T.tma_store_wait(0)
+                    T.sync_threads()
 
     return prepare

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import tilelang
 
-from qlakernels.gated_delta_rule.hopper.kernels import kernel, load, specialisations
+from qlakernels.gated_delta_rule.hopper.kernels import IN_SEGMENTS, kernel, load, specialisations
 
 # Bytes of a thread's registers that the compiler may put into memory, per kernel.
 SPILL_LIMITS = {"boundaries": 0, "forward": 100, "reverse": 100, "gradients": 150, "gate_gradients": 0}
-FEW = ("prepare", "prepare_reverse", "forward", "reverse")  # kernels that few scans have of their own
-SPILL_LIMITS |= {f"{name}, few scans": 0 for name in FEW}
+SPILL_LIMITS |= dict.fromkeys(("decay", "reach", *IN_SEGMENTS), 0)
+SPILL_LIMITS |= dict.fromkeys(("forward, 64 rows", "reverse, 64 rows"), 0)
 NVCC = ["nvcc", "--cubin", "-O3", "-std=c++20", "-arch=sm_90a", "-Xptxas", "-v"]
 
 
@@ -64,8 +64,10 @@ def _number(pattern: str, report: str) -> int:
 def training_kernels(key_dim: int, value_dim: int) -> dict[str, tuple]:
     """The specialisations of a model in bfloat16 with its gates in the operator, forward and backward, by name."""
     call = key_dim, value_dim, "bfloat16", True, True, True, "bfloat16", "bfloat16", True
-    of_few_scans = {f"{name}, few scans": key for name, key in specialisations(*call, 64, True).items()}
-    return specialisations(*call) | {name: key for name, key in of_few_scans.items() if key[0] in FEW}
+    of_few_scans = specialisations(*call, part=64)
+    return specialisations(*call, cut=True) | {
+        f"{name}, 64 rows": of_few_scans[name] for name in ("forward", "reverse")
+    }
 
 
 def main() -> None:

@@ -32,7 +32,6 @@ from qlakernels.gated_delta_rule.hopper.chunk import (
     STAGES,
     STATE_KAPPA,
     VECTORS,
-    bring_made,
     cut,
     serve_gates,
     serve_keys,
@@ -40,27 +39,32 @@ from qlakernels.gated_delta_rule.hopper.chunk import (
     weigh,
 )
 from qlakernels.gated_delta_rule.hopper.common import (
+    BASE,
     CHUNK,
+    FIRST,
+    LENGTH,
+    OPENS,
     PRELUDE,
     arrive,
     load_tail,
     load_tail_of,
     release_tiles,
     state_layout,
+    take_turn,
     transposed_accumulator,
     wait,
 )
 from qlakernels.gated_delta_rule.hopper.forward import REGISTERS
 
 
-def reverse_kernel(key_dim, value_dim, dtype, part, ready, l2norm, gate, sigmoid, raw_dtype, beta_dtype):
-    """`part`: rows of V a block takes, 64 or 128. `ready`: what is made of a chunk comes from `prepare`."""
+def reverse_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_dtype, beta_dtype):
+    """`part`: rows of V a block takes, 64 or 128."""
     C = CHUNK
     K, V = key_dim, value_dim
     consumers = 2 * part
-    base = consumers if ready else consumers + 128  # the producer's first thread
+    base = consumers + 128  # the producer's first thread
     threads = base + 128
-    registers, auxiliary_registers, producer_registers = REGISTERS[part // 64, ready]
+    registers, auxiliary_registers, producer_registers = REGISTERS[part // 64]
     rows_first = T.GemmWarpPolicy.FullRow
     columns_first = T.GemmWarpPolicy.FullCol
     tokens, heads, groups = T.dynamic("tokens"), T.dynamic("heads"), T.dynamic("groups")
@@ -68,7 +72,8 @@ def reverse_kernel(key_dim, value_dim, dtype, part, ready, l2norm, gate, sigmoid
     q_token, q_head = T.dynamic("q_token"), T.dynamic("q_head")
     k_token, k_head = T.dynamic("k_token"), T.dynamic("k_head")
     o_token, o_head = T.dynamic("o_token"), T.dynamic("o_head")
-    g_token, b_token, prepared = T.dynamic("g_token"), T.dynamic("b_token"), T.dynamic("prepared")
+    g_token, b_token = T.dynamic("g_token"), T.dynamic("b_token")
+    cuts = T.dynamic("cuts")
 
     @T.prim_func
     def reverse(
@@ -87,14 +92,15 @@ def reverse_kernel(key_dim, value_dim, dtype, part, ready, l2norm, gate, sigmoid
         d_initial_state: T.Tensor((starts, heads, K, V), "float32"),
         gates: T.Tensor((slots, heads, 2, C), "float32"),
         norms: T.Tensor((slots, groups, 2, C), "float32"),
-        N: T.Tensor((prepared, heads, C, C), dtype),
-        P: T.Tensor((prepared, heads, C, C), dtype),
-        vectors: T.Tensor((prepared, heads, VECTORS, C), "float32"),
+        segment_states: T.Tensor((cuts, heads, V, K), "float32"),
         scale: T.float32,
         beta_factor: T.float32,
         ratio: T.int32,
+        turns: T.int32,
+        segment: T.int32,
+        steps: T.int32,
     ):
-        with T.Kernel(T.ceildiv(V, part), heads, documents, threads=threads) as (p, head, turn):
+        with T.Kernel(T.ceildiv(V, part), heads, turns, threads=threads) as (p, head, turn):
             T.import_source(PRELUDE)
             q_s = T.alloc_shared((Q_STAGES, C, K), dtype)
             k_s = T.alloc_shared((STAGES, C, K), dtype)
@@ -128,7 +134,7 @@ def reverse_kernel(key_dim, value_dim, dtype, part, ready, l2norm, gate, sigmoid
             do_full, do_empty = T.alloc_barrier([32]), T.alloc_barrier([consumers])
             gates_full, query_full = T.alloc_barrier([32] * STAGES), T.alloc_barrier([64] * STAGES)
             key_full = T.alloc_barrier([128] * STAGES)
-            made_full = T.alloc_barrier([32 if ready else 128] * PLACES)
+            made_full = T.alloc_barrier([128] * PLACES)
             made_empty = T.alloc_barrier([consumers] * PLACES)
             P_full = T.alloc_barrier([consumers] * PLACES)
             T.annotate_layout(
@@ -137,31 +143,36 @@ def reverse_kernel(key_dim, value_dim, dtype, part, ready, l2norm, gate, sigmoid
                 | {dS_s: state_layout(dS_s)}
             )
             thread = T.get_thread_binding()
+            place = T.alloc_local((7,), "int32")
+            take_turn(cu_seqlens, order, documents, turn, cuts > 0, segment, steps, place)
             document = T.alloc_var("int32")
-            document = order[turn]
+            document = place[0]
             group = T.alloc_var("int32")
             group = head // ratio
             start = T.alloc_var("int32")
             length = T.alloc_var("int32")
-            start = cu_seqlens[document]
-            length = cu_seqlens[document + 1] - start
+            start = place[FIRST]
+            length = place[LENGTH]
             chunks = T.alloc_var("int32")
             chunks = T.ceildiv(length, C)
             slot = T.alloc_var("int32")
-            slot = start // C + document
+            slot = place[BASE]
+            opens = T.alloc_var("int32")
+            opens = place[OPENS]
 
             if thread < consumers:
-                if registers:
-                    T.set_max_nreg(registers, 1)
+                T.set_max_nreg(registers, 1)
                 columns = p * part
-                if ends > 0:
+                if cuts > 0:
+                    for i, j in T.Parallel(part, K):
+                        dS[i, j] = segment_states[turn, head, columns + i, j]
+                elif ends > 0:
                     for i, j in T.Parallel(part, K):
                         dS[i, j] = d_final_state[document, head, j, columns + i]
                 else:
                     T.clear(dS)
                 for step in T.serial(chunks):
                     stage = step % STAGES
-                    at = step % PLACES if ready else stage  # of the vectors
                     c = chunks - 1 - step
                     T.copy(dS, dS_r)
                     T.tma_store_wait(1)
@@ -169,28 +180,24 @@ def reverse_kernel(key_dim, value_dim, dtype, part, ready, l2norm, gate, sigmoid
                     T.copy(dS_r, dS_s)
                     wait(k_full, stage, step // STAGES % 2)
                     wait(q_full, step % Q_STAGES, step // Q_STAGES % 2)
-                    if not ready:
-                        T.wgmma_gemm(
-                            q_s[step % Q_STAGES, :, :],
-                            k_s[stage, :, :],
-                            Pf,
-                            transpose_B=True,
-                            clear_accum=True,
-                            policy=columns_first,
-                        )
+                    T.wgmma_gemm(
+                        q_s[step % Q_STAGES, :, :],
+                        k_s[stage, :, :],
+                        Pf,
+                        transpose_B=True,
+                        clear_accum=True,
+                        policy=columns_first,
+                    )
                     T.wgmma_gemm(dS_r, k_s[stage, :, :], D, transpose_B=True, clear_accum=True, policy=rows_first)
-                    if ready:
-                        wait(made_full, step % PLACES, step // PLACES % 2)
-                    else:
-                        wait(query_full, stage, step // STAGES % 2)
-                        wait(key_full, stage, step // STAGES % 2)
-                        T.wait_wgmma(1)
-                        T.warpgroup_fence_operand(Pf, num_regs=C * C // consumers)
-                        for i, j in T.Parallel(C, C):
-                            Pf[i, j] *= vec[at, ROW_P, i]
-                        weigh(Pf, vec, at, LOG2, RIGHT_L)
-                        cut(Pf, C * C // consumers, False)
-                        T.copy(Pf, P_s[step % PLACES, :, :])
+                    wait(query_full, stage, step // STAGES % 2)
+                    wait(key_full, stage, step // STAGES % 2)
+                    T.wait_wgmma(1)
+                    T.warpgroup_fence_operand(Pf, num_regs=C * C // consumers)
+                    for i, j in T.Parallel(C, C):
+                        Pf[i, j] *= vec[stage, ROW_P, i]
+                    weigh(Pf, vec, stage, LOG2, RIGHT_L)
+                    cut(Pf, C * C // consumers, False)
+                    T.copy(Pf, P_s[step % PLACES, :, :])
                     T.tma_store_wait(0)  # dV of the chunk before has left dv_s
                     release_tiles()
                     arrive(P_full, step % PLACES)
@@ -199,34 +206,33 @@ def reverse_kernel(key_dim, value_dim, dtype, part, ready, l2norm, gate, sigmoid
                     for i, j in T.Parallel(part, C):
                         left[i, j] = do_f[j, i]
                     for i, j in T.Parallel(part, C):
-                        from_q[i, j] = T.cast(do_f[j, i], "float32") * vec[at, OUTPUT, j]
+                        from_q[i, j] = T.cast(do_f[j, i], "float32") * vec[stage, OUTPUT, j]
                     release_tiles()
                     arrive(do_empty, 0)
                     T.wait_wgmma(0)
                     T.warpgroup_fence_operand(D, num_regs=32)
                     for i, j in T.Parallel(part, C):
-                        D[i, j] *= vec[at, STATE_KAPPA, j]
+                        D[i, j] *= vec[stage, STATE_KAPPA, j]
                     for i, j in T.Parallel(part, K):
-                        dS[i, j] *= vec[at, GAMMA, C - 1]
+                        dS[i, j] *= vec[stage, GAMMA, C - 1]
                     wait(P_full, step % PLACES, step // PLACES % 2)
                     T.tma_copy(dS_s, d_states[slot + c, head, columns : columns + part, :])
                     T.wgmma_gemm(left, P_s[step % PLACES, :, :], D, policy=rows_first)
                     T.wgmma_gemm(from_q, q_s[step % Q_STAGES, :, :], dS, policy=rows_first)
-                    if not ready:
-                        wait(made_full, step % PLACES, step // PLACES % 2)
+                    wait(made_full, step % PLACES, step // PLACES % 2)
                     T.wait_wgmma(1)
                     T.warpgroup_fence_operand(D, num_regs=32)
                     for i, j in T.Parallel(part, C):
-                        left[i, j] = D[i, j] * vec[at, BETA, j]
+                        left[i, j] = D[i, j] * vec[stage, BETA, j]
                     T.wgmma_gemm(left, N_s[step % PLACES, :, :], D, policy=rows_first)
                     T.wait_wgmma(0)
                     T.warpgroup_fence_operand(D, num_regs=32)
                     arrive(made_empty, step % PLACES)
                     arrive(q_empty, step % Q_STAGES)
                     for i, j in T.Parallel(part, C):
-                        dv_f[j, i] = D[i, j] * vec[at, BAR, j]
+                        dv_f[j, i] = D[i, j] * vec[stage, BAR, j]
                     for i, j in T.Parallel(part, C):
-                        left[i, j] = T.cast(dv_f[j, i], "float32") * vec[at, INTO_STATE, j]
+                        left[i, j] = T.cast(dv_f[j, i], "float32") * vec[stage, INTO_STATE, j]
                     T.wgmma_gemm(left, k_s[stage, :, :], dS, policy=rows_first)
                     T.copy(dv_f, dv_s)
                     release_tiles()
@@ -241,7 +247,7 @@ def reverse_kernel(key_dim, value_dim, dtype, part, ready, l2norm, gate, sigmoid
                     T.wait_wgmma(0)
                     T.warpgroup_fence_operand(dS, num_regs=K // 2)
                     arrive(k_empty, stage)
-                if starts > 0:
+                if starts > 0 and opens > 0:
                     for i, j in T.Parallel(part, K):
                         d_initial_state[document, head, j, columns + i] = dS[i, j]
                 T.tma_store_wait(0)
@@ -253,8 +259,7 @@ def reverse_kernel(key_dim, value_dim, dtype, part, ready, l2norm, gate, sigmoid
                     p == 0 and head % ratio == 0,
                 )  # fmt: skip
             else:
-                if registers:
-                    T.set_max_nreg(producer_registers, 0)
+                T.set_max_nreg(producer_registers, 0)
                 if thread < base + 32:
                     for step in T.serial(chunks):
                         stage = step % STAGES
@@ -287,20 +292,16 @@ def reverse_kernel(key_dim, value_dim, dtype, part, ready, l2norm, gate, sigmoid
                             load_tail_of(do_s, do, first, head, columns, left_rows, part)
                             release_tiles()
                         arrive(do_full, 0)
-                        if ready:
-                            bring_made(N, P, vectors, slot + c, head, N_s, P_s, vec, made_full, made_empty, step)
                 elif thread < base + 64:
-                    if not ready:
-                        serve_gates(
-                            vec, thread % 32, raw, next_raw, other, g, beta, A_log, dt_bias, start, length, chunks,
-                            head, beta_factor, k_empty, gates_full, gate, sigmoid, True, gates, slot,
-                        )  # fmt: skip
+                    serve_gates(
+                        vec, thread % 32, raw, next_raw, other, g, beta, A_log, dt_bias, start, length, chunks,
+                        head, beta_factor, k_empty, gates_full, gate, sigmoid, True, gates, slot,
+                    )  # fmt: skip
                 else:
-                    if not ready:
-                        serve_queries(
-                            vec, thread - base - 64, q_s, q_full, k_empty, gates_full, query_full, chunks, scale, a_,
-                            b_, out, K, dtype, l2norm, False, True, norms, slot, group,
-                            p == 0 and head % ratio == 0,
-                        )  # fmt: skip
+                    serve_queries(
+                        vec, thread - base - 64, q_s, q_full, k_empty, gates_full, query_full, chunks, scale, a_,
+                        b_, out, K, dtype, l2norm, False, True, norms, slot, group,
+                        p == 0 and head % ratio == 0,
+                    )  # fmt: skip
 
     return reverse

@@ -1,0 +1,132 @@
+"""How much of a segment its scan has to see: from a bound of what each chunk leaves of a state.
+
+A token takes the state to γ (I − β k kᵀ) S and adds to it. With keys normalised in the operator no vector grows by more
+than max(1, |1 − β|), so ‖S‖ shrinks over a chunk to 2^b of itself or less, b = Σ log₂ γ + Σ log₂ max(1, |1 − β|).
+`decay` makes b of all chunks. `reach` adds them up from the side where a segment is left, until the sum is below
+−BEYOND: what enters there, up to 2⁴³, leaves less than the smallest float32, and the scan begins there, from nothing.
+Keys that are not normalised have no such bound: all of the segment is wanted.
+"""
+
+import tilelang.language as T
+
+from qlakernels.gated_delta_rule.hopper.chunk import LEAST_DECAY
+from qlakernels.gated_delta_rule.hopper.common import (
+    BASE,
+    CHUNK,
+    CLOSES,
+    LENGTH,
+    LOG2E,
+    OPENS,
+    PRELUDE,
+    find_document,
+    log2,
+    take_turn,
+)
+
+BEYOND = 192.0  # powers of two
+WIDTH = 16  # heads of a block
+PARTS = 8  # of a block's sum over tokens, added up side by side
+
+
+def decay_kernel(gate, sigmoid, raw_dtype, beta_dtype):
+    C = CHUNK
+    tokens, heads, slots, documents = (T.dynamic(x) for x in ("tokens", "heads", "slots", "documents"))
+    g_token, b_token = T.dynamic("g_token"), T.dynamic("b_token")
+
+    @T.prim_func
+    def decay(
+        g: T.StridedTensor((tokens, heads), (g_token, 1), raw_dtype),
+        beta: T.StridedTensor((tokens, heads), (b_token, 1), beta_dtype),
+        A_log: T.Tensor((heads,), "float32"),
+        dt_bias: T.Tensor((heads,), "float32"),
+        cu_seqlens: T.Tensor((documents + 1,), "int32"),
+        bounds: T.Tensor((slots, heads), "float32"),
+        beta_factor: T.float32,
+        steps: T.int32,
+    ):
+        with T.Kernel(T.ceildiv(heads, WIDTH), slots, threads=128) as (part, slot):
+            T.import_source(PRELUDE)
+            x = T.alloc_fragment((C, WIDTH), "float32")
+            y = T.alloc_fragment((C, WIDTH), "float32")
+            sums = T.alloc_fragment((WIDTH,), "float32")
+            place = T.alloc_local((3,), "int32")
+            find_document(cu_seqlens, documents, slot, steps, C, place)
+            first = T.alloc_var("int32")
+            size = T.alloc_var("int32")
+            first = cu_seqlens[place[0]] + (slot - cu_seqlens[place[0]] // C - place[0]) * C
+            size = cu_seqlens[place[0] + 1] - first
+            head = part * WIDTH
+            for i, j in T.Parallel(C, WIDTH):
+                there = i < size and head + j < heads
+                x[i, j] = T.if_then_else(there, T.cast(g[first + i, head + j], "float32"), 0.0)
+                y[i, j] = T.if_then_else(there, T.cast(beta[first + i, head + j], "float32"), 0.0)
+            if gate:
+                for i, j in T.Parallel(C, WIDTH):
+                    x[i, j] += T.if_then_else(head + j < heads, dt_bias[head + j], 0.0)
+                for i, j in T.Parallel(C, WIDTH):
+                    x[i, j] = T.max(x[i, j], 0.0) + T.log1p(T.exp(-T.abs(x[i, j])))
+                for i, j in T.Parallel(C, WIDTH):
+                    x[i, j] *= T.if_then_else(i < size and head + j < heads, -T.exp(A_log[head + j]), 0.0)
+            if sigmoid:
+                for i, j in T.Parallel(C, WIDTH):
+                    y[i, j] = T.if_then_else(i < size, beta_factor / (1.0 + T.exp(-y[i, j])), 0.0)
+            for i, j in T.Parallel(C, WIDTH):
+                x[i, j] = T.max(x[i, j], LEAST_DECAY) * LOG2E + log2(T.max(T.abs(1.0 - y[i, j]), 1.0))
+            T.reduce_sum(x, sums, dim=0)
+            for j in T.Parallel(WIDTH):
+                if head + j < heads:
+                    bounds[slot, head + j] = sums[j]
+
+    return decay
+
+
+def reach_kernel(known):
+    """`known`: whether `bounds` holds; otherwise all of a segment is wanted."""
+    heads, slots, documents, cuts = (T.dynamic(x) for x in ("heads", "slots", "documents", "cuts"))
+
+    @T.prim_func
+    def reach(
+        cu_seqlens: T.Tensor((documents + 1,), "int32"),
+        bounds: T.Tensor((slots, heads), "float32"),
+        reaches: T.Tensor((cuts, heads), "int32"),
+        segment: T.int32,
+        steps: T.int32,
+        entered: T.int32,
+        reverse: T.int32,
+    ):
+        """reaches ← the chunks wanted of a segment, from the side where it is left; one more than there are where what
+        enters it is wanted too; none where no other segment of the document follows. `entered`: a document is entered
+        by a state; `reverse`: from its end."""
+        with T.Kernel(heads, cuts, threads=32) as (head, turn):
+            lane = T.get_thread_binding()
+            place = T.alloc_local((7,), "int32")
+            found = T.alloc_local((1,), "int32")
+            x, total, other = (T.alloc_local((1,), "float32") for _ in range(3))
+            take_turn(cu_seqlens, cu_seqlens, documents, turn, True, segment, steps, place)
+            chunks = T.ceildiv(place[LENGTH], CHUNK)
+            found[0] = chunks + 1
+            if known:
+                total[0] = 0.0
+                for step in T.serial(T.ceildiv(chunks, 32)):
+                    if found[0] > chunks:
+                        i = step * 32 + lane
+                        x[0] = T.if_then_else(
+                            i < chunks,
+                            bounds[place[BASE] + T.if_then_else(reverse > 0, i, chunks - 1 - i), head],
+                            0.0,
+                        )
+                        for near in T.unroll(5):
+                            other[0] = T.shfl_up(x[0], 1 << near)
+                            if lane >= 1 << near:
+                                x[0] += other[0]
+                        x[0] += total[0]
+                        found[0] = T.warp_reduce_min(T.if_then_else(x[0] < -BEYOND, i + 1, chunks + 1))
+                        total[0] = T.shfl_sync(x[0], 31)
+            is_first = T.if_then_else(reverse > 0, place[CLOSES], place[OPENS])
+            is_last = T.if_then_else(reverse > 0, place[OPENS], place[CLOSES])
+            if is_first > 0 and entered == 0:
+                found[0] = T.min(found[0], chunks)
+            if lane == 0:
+                reaches[turn, head] = T.if_then_else(place[LENGTH] > 0 and is_last == 0, found[0], 0)
+
+    return reach
