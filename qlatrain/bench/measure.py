@@ -143,6 +143,7 @@ def _fill_in(row: Row, timing: Timing | None, work: Work, ceilings: Ceilings) ->
     seconds = timing.median / 1e3
     row.milliseconds, row.repeats = timing.median, timing.repeats
     row.milliseconds_lower, row.milliseconds_upper = timing.lower, timing.upper
+    row.host_milliseconds = timing.host
     row.tokens_per_second = row.batch * row.tokens / seconds
     row.tflops_per_second = work.flops / seconds / 1e12
     row.gbytes_per_second = work.bytes / seconds / 1e9

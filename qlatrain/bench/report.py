@@ -93,7 +93,7 @@ def speed_table(rows: list[Row], baseline: str) -> Table:
     table = _table("speed: median of the timed calls, quartiles beside it; * marks the fastest")
     for heading in ("shape", "", "backend"):
         table.add_column(heading, no_wrap=True)
-    for heading in ("ms", "quartiles", "tokens/s", "TFLOP/s", "GB/s", "of floor", f"× {baseline}"):
+    for heading in ("ms", "quartiles", "host ms", "tokens/s", "TFLOP/s", "GB/s", "of floor", f"× {baseline}"):
         table.add_column(heading, justify="right", no_wrap=True)
     before = None
     for row in rows:
@@ -111,6 +111,7 @@ def speed_table(rows: list[Row], baseline: str) -> Table:
             f"{row.backend} *" if row.best else row.backend,
             f"{row.milliseconds:.4g}",
             f"{row.milliseconds_lower:.4g}–{row.milliseconds_upper:.4g}",
+            "" if row.host_milliseconds is None else f"{row.host_milliseconds:.3g}",
             _short(row.tokens_per_second),
             f"{row.tflops_per_second:.3g}",
             f"{row.gbytes_per_second:.4g}",

@@ -45,6 +45,7 @@ class Row:
     milliseconds: float | None = None
     milliseconds_lower: float | None = None  # quartiles
     milliseconds_upper: float | None = None
+    host_milliseconds: float | None = None  # to issue a call
     repeats: int | None = None
     tokens_per_second: float | None = None
     tflops_per_second: float | None = None  # of the FLOPs by formula

@@ -44,7 +44,7 @@ _NAMES = {
     "norms_and_elementwise": r"^triton_(?!tem_)[a-z]{3}_",  # torch.compile's, with the names of all they fuse
     "gdn": (
         r"gated_?delta|delta_rule|gdn_gate"
-        r"|^(?:boundaries|prepare|forward|reverse|gradients|gate_gradients)_kernel(?:_\d+)?$"
+        r"|^(?:boundaries|decay|reach|prepare|segments|stitch|forward|reverse|gradients|gate_gradients)_kernel(?:_\d+)?$"
         r"|^tilelang_"
         r"|chunk_(?:fwd|bwd)_kernel|(?:local|global)_cumsum|recompute_w_u|prepare_wy_repr|solve_tril|merge_16x16"
         r"|dot_kkt|l2norm_(?:fwd|bwd)|fused_beta_sigmoid"
