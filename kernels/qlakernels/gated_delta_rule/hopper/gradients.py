@@ -39,6 +39,7 @@ Shared memory at K = V = 128: rows 96 KB, S 32, dS 32, q and k 32, F and H 16, v
 
 import tilelang.language as T
 
+from qlakernels.gated_delta_rule.hopper.chunk import FAR, cut, weigh
 from qlakernels.gated_delta_rule.hopper.common import (
     BASE,
     BETA_MIN,
@@ -49,6 +50,8 @@ from qlakernels.gated_delta_rule.hopper.common import (
     PRELUDE,
     STATE_STRIDE,
     acquire_stores,
+    arrive,
+    folds_decay,
     load_tail,
     load_tail_of,
     locate,
@@ -73,6 +76,7 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
     pairs = -(-parts // 2)
     sweeps = 1 if pairs == 1 else 2  # how often a step's rows are brought
     per_item = STATE_STRIDE // C
+    folded = folds_decay(dtype)
     budgets = (216, 232) if sweeps == 1 else (224, 224)  # registers of the consumers; 56 are left for the third
     tokens, heads, groups = T.dynamic("tokens"), T.dynamic("heads"), T.dynamic("groups")
     slots, documents, kept = (T.dynamic(x) for x in ("slots", "documents", "kept"))
@@ -117,14 +121,17 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
     @T.macro
     def advance(S, W, tile, vec, stage, k, work, operand, wanted, scratch, worker, member, columns):
         """If wanted, scratch[worker, member, columns:] ← the rows that S holds of the state, after this chunk."""
-        for i, j in T.Parallel(part, C):
-            operand[i, j] = T.cast(W[tile, j, i], "float32") * vec[stage, ROW_E, j]
         gamma = T.alloc_var("float32")
         gamma = T.exp2(vec[stage, TOTAL, C - 1])
         T.copy(S, work)
         for i, j in T.Parallel(part, K):
             work[i, j] *= gamma
-        T.gemm(operand, k, work)
+        if folded:
+            T.gemm(W[tile, :, :], k, work, transpose_A=True)
+        else:
+            for i, j in T.Parallel(part, C):
+                operand[i, j] = T.cast(W[tile, j, i], "float32") * vec[stage, ROW_E, j]
+            T.gemm(operand, k, work)
         if wanted:
             T.copy(work, scratch[worker, member, columns : columns + part, :])
 
@@ -200,6 +207,7 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
             F_s = T.alloc_shared((C, C), dtype)
             H_s = T.alloc_shared((C, C), dtype)  # −H
             f_s = T.alloc_shared((C,), "float32")
+            diagonal_s = T.alloc_shared((C,), "float32")  # of dV Wᵀ
             vec = T.alloc_shared((2, VECTORS, C), "float32")
             tiny_s = T.alloc_shared((2, 2), "int32")  # of the chunk's halves: does β̄ differ from β anywhere?
             a_s = T.alloc_shared((C,), "float32")
@@ -210,7 +218,6 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
             # the first warpgroup's
             dQ = T.alloc_fragment((C, K), "float32")
             work_q = T.alloc_fragment((C, K), "float32")
-            picked = T.alloc_fragment((C, C), "float32")
             F = T.alloc_fragment((C, C), "float32")
             H = T.alloc_fragment((C, C), "float32")
             F_r = T.alloc_fragment((C, C), dtype)
@@ -243,7 +250,7 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
             dS_full, dS_empty = T.alloc_barrier([32]), T.alloc_barrier([192])
             keys_full, keys_empty = T.alloc_barrier([32]), T.alloc_barrier([256])
             vec_full, vec_empty = T.alloc_barrier([64] * 2), T.alloc_barrier([256] * 2)
-            FH_full, FH_empty = T.alloc_barrier([128]), T.alloc_barrier([128])
+            FH_full, FH_empty = T.alloc_barrier([128]), T.alloc_barrier([256])
             sums_full, sums_empty = T.alloc_barrier([320]), T.alloc_barrier([32])
 
             thread = T.get_thread_binding()
@@ -296,39 +303,34 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
                                     if sweeps == 2:
                                         T.barrier_arrive(rows_empty[rows % 2])
                                         rows += 1
-                                for i, j in T.Parallel(C, C):
-                                    picked[i, j] = T.if_then_else(i == j, H[i, j], 0.0)
-                                T.reduce_sum(picked, rows_q, dim=1)
-                                for i in T.Parallel(C):
-                                    if i < left:
-                                        dbeta[first + i, head] = rows_q[i] / (
-                                            vec[step % 2, BAR, i] * vec[step % 2, OMEGA, i]
-                                        )
-                                for i, j in T.Parallel(C, C):
-                                    picked[i, j] = T.if_then_else(i == j, F[i, j], 0.0)
-                                T.reduce_sum(picked, rows_q, dim=1)
-                                for i in T.Parallel(C):
-                                    rows_q[i] *= vec[step % 2, ROW_F, i] * vec[step % 2, COLUMN, i]
-                                for i in T.Parallel(C):
-                                    f_q[i] += rows_q[i]
-                                for i, j in T.Parallel(C, C):
-                                    picked[i, j] = T.exp2(
-                                        T.if_then_else(
-                                            i > j,
-                                            vec[step % 2, TOTAL, i] - vec[step % 2, SHIFTED, j],
-                                            -T.infinity("float32"),
-                                        )
-                                    )
-                                for i, j in T.Parallel(C, C):
-                                    F_r[i, j] = F[i, j] * picked[i, j] * vec[step % 2, ROW_F, i]
-                                for i, j in T.Parallel(C, C):
-                                    H_r[i, j] = -H[i, j] * picked[i, j] * vec[step % 2, ROW_H, i]
                                 T.barrier_wait(FH_empty[0], (step + 1) % 2)
+                                for i, j in T.Parallel(C, C):
+                                    if i == j:
+                                        f_s[i] = F[i, j] * vec[step % 2, ROW_F, i] * vec[step % 2, COLUMN, i]
+                                        diagonal_s[i] = H[i, j]
+                                for i, j in T.Parallel(C, C):
+                                    F[i, j] *= vec[step % 2, ROW_F, i]
+                                for i, j in T.Parallel(C, C):
+                                    H[i, j] *= -vec[step % 2, ROW_H, i]
+                                if not folded or vec[step % 2, TOTAL, C - 1] <= -FAR:
+                                    weigh(F, vec, step % 2, TOTAL, SHIFTED)
+                                    weigh(H, vec, step % 2, TOTAL, SHIFTED)
+                                cut(F, C * C // 128, True)
+                                cut(H, C * C // 128, True)
+                                T.copy(F, F_r)
+                                T.copy(H, H_r)
                                 T.copy(F_r, F_s)
                                 T.copy(H_r, H_s)
-                                T.copy(rows_q, f_s)
                                 release_tiles()
                                 T.barrier_arrive(FH_full[0])
+                                T.barrier_wait(FH_full[0], step % 2)
+                                for i in T.Parallel(C):
+                                    f_q[i] += f_s[i]
+                                if thread < C and thread < left:
+                                    dbeta[first + thread, head] = diagonal_s[thread] / (
+                                        vec[step % 2, BAR, thread] * vec[step % 2, OMEGA, thread]
+                                    )
+                                arrive(FH_empty, 0)
                                 T.clear(a_f)
                                 for pair in T.serial(pairs):
                                     if sweeps == 2:
@@ -409,8 +411,9 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
                                         T.wgmma_gemm(W_s[rows % 2 * 2 + 1, :, :], dS_1, work_k)
                                     T.wait_wgmma(0)
                                     T.barrier_arrive(dS_empty[0])
-                                    for i, j in T.Parallel(C, K):
-                                        work_k[i, j] *= vec[step % 2, ROW_E, i]
+                                    if not folded:
+                                        for i, j in T.Parallel(C, K):
+                                            work_k[i, j] *= vec[step % 2, ROW_E, i]
                                     if pair == 0:
                                         T.barrier_wait(keys_full[0], chunk % 2)
                                     T.copy(k_s, k_f)
@@ -527,24 +530,31 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
                                     head = group * ratio + member
                                     total = gates[place[BASE] + c, head, 0, u] * LOG2E
                                     beta = gates[place[BASE] + c, head, 1, u]
-                                    gamma_C = T.exp2(gates[place[BASE] + c, head, 0, C - 1] * LOG2E)
-                                    rho = T.exp2(gates[place[BASE] + c, head, 0, C - 1] * LOG2E - total)
+                                    whole = gates[place[BASE] + c, head, 0, C - 1] * LOG2E
+                                    gamma_C = T.exp2(whole)
+                                    rho = T.exp2(whole - total)
                                     bar = T.max(beta, BETA_MIN[dtype])
                                     tiny = T.any_sync(beta < bar)
                                     kappa_fix = kappa * beta / bar
                                     omega = T.alloc_var("float32")
                                     omega = weight_of_W(beta, rho, kappa, dtype)
+                                    column = T.alloc_var("float32")
+                                    decay = T.alloc_var("float32")
                                     column = kappa * beta / omega
+                                    decay = 1.0
                                     T.barrier_wait(vec_empty[step % 2], (step // 2 + 1) % 2)
                                     vec[step % 2, TOTAL, u] = total
                                     vec[step % 2, SHIFTED, u] = total - T.log2(column)
+                                    vec[step % 2, ROW_E, u] = rho * column
+                                    if folded and whole > -FAR:  # then u is 1/ρ, and Γ_ij u_j depends on i alone
+                                        decay = T.exp2(total - whole)
+                                        column = 1.0
                                     vec[step % 2, COLUMN, u] = column
-                                    vec[step % 2, ROW_H, u] = kappa_fix
+                                    vec[step % 2, ROW_H, u] = kappa_fix * decay
                                     vec[step % 2, OMEGA, u] = omega
-                                    vec[step % 2, ROW_F, u] = scale * chi
+                                    vec[step % 2, ROW_F, u] = scale * chi * decay
                                     vec[step % 2, ROW_A, u] = scale * chi * T.exp2(total)
                                     vec[step % 2, ROW_B, u] = -T.exp2(total) * kappa_fix
-                                    vec[step % 2, ROW_E, u] = rho * column
                                     vec[step % 2, CHI_2, u] = chi * chi
                                     vec[step % 2, KAPPA_2, u] = kappa * kappa
                                     vec[step % 2, BETA, u] = beta
