@@ -170,11 +170,11 @@ def _version(package: str) -> str | None:
 
 
 def _git_state(tracked_file: Path) -> tuple[str | None, bool | None]:
-    """`(commit, dirty)` of the repository that tracks the file; `(None, None)` outside one."""
+    """`(commit, dirty)` of the repository that tracks the file; outside one, the environment's QLATRAIN_COMMIT."""
     folder = tracked_file.parent
     # an installed copy may lie inside somebody else's repository, as in a virtual environment
     if _output(["git", "-C", str(folder), "ls-files", "--error-unmatch", tracked_file.name]) is None:
-        return None, None
+        return os.environ.get("QLATRAIN_COMMIT"), None
     commit = _output(["git", "-C", str(folder), "rev-parse", "HEAD"])
     status = _output(["git", "-C", str(folder), "status", "--porcelain"])
     return commit, None if status is None else bool(status)

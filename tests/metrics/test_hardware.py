@@ -62,7 +62,7 @@ def test_environment_is_json():
     assert found["time"].endswith("+00:00")
 
 
-def test_git_state(tmp_path):
+def test_git_state(tmp_path, monkeypatch):
     def git(*words):
         assert (
             hardware._output(["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@y", *words])
@@ -72,6 +72,9 @@ def test_git_state(tmp_path):
     file = tmp_path / "file.py"
     file.write_text("1")
     assert hardware._git_state(file) == (None, None)
+    monkeypatch.setenv("QLATRAIN_COMMIT", "abc")
+    assert hardware._git_state(file) == ("abc", None)
+    monkeypatch.delenv("QLATRAIN_COMMIT")
     git("init")
     # inside a repository that does not track it, as in a virtual environment
     assert hardware._git_state(file) == (None, None)

@@ -60,6 +60,7 @@ from qlakernels.gated_delta_rule.hopper.common import (
 )
 
 PART = 64
+OWN = 8  # the first warpgroup's named barrier; the compiler's own begin at 3
 VECTORS = 13
 TOTAL, SHIFTED, COLUMN, ROW_F, ROW_H, ROW_A, ROW_B, ROW_E, CHI_2, KAPPA_2, BETA, BAR, OMEGA = range(VECTORS)
 
@@ -304,6 +305,7 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
                                         T.barrier_arrive(rows_empty[rows % 2])
                                         rows += 1
                                 T.barrier_wait(FH_empty[0], (step + 1) % 2)
+                                T.sync_threads(OWN, 128)
                                 for i, j in T.Parallel(C, C):
                                     if i == j:
                                         f_s[i] = F[i, j] * vec[step % 2, ROW_F, i] * vec[step % 2, COLUMN, i]
@@ -323,7 +325,7 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
                                 T.copy(H_r, H_s)
                                 release_tiles()
                                 T.barrier_arrive(FH_full[0])
-                                T.barrier_wait(FH_full[0], step % 2)
+                                T.sync_threads(OWN, 128)
                                 for i in T.Parallel(C):
                                     f_q[i] += f_s[i]
                                 if thread < C and thread < left:
