@@ -56,11 +56,11 @@ from qlakernels.gated_delta_rule.hopper.common import (
     load_tail_of,
     locate,
     release_tiles,
+    wait,
     weight_of_W,
 )
 
 PART = 64
-OWN = 8  # the first warpgroup's named barrier; the compiler's own begin at 3
 VECTORS = 13
 TOTAL, SHIFTED, COLUMN, ROW_F, ROW_H, ROW_A, ROW_B, ROW_E, CHI_2, KAPPA_2, BETA, BAR, OMEGA = range(VECTORS)
 
@@ -208,7 +208,6 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
             F_s = T.alloc_shared((C, C), dtype)
             H_s = T.alloc_shared((C, C), dtype)  # −H
             f_s = T.alloc_shared((C,), "float32")
-            diagonal_s = T.alloc_shared((C,), "float32")  # of dV Wᵀ
             vec = T.alloc_shared((2, VECTORS, C), "float32")
             tiny_s = T.alloc_shared((2, 2), "int32")  # of the chunk's halves: does β̄ differ from β anywhere?
             a_s = T.alloc_shared((C,), "float32")
@@ -219,6 +218,7 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
             # the first warpgroup's
             dQ = T.alloc_fragment((C, K), "float32")
             work_q = T.alloc_fragment((C, K), "float32")
+            picked = T.alloc_fragment((C, C), "float32")
             F = T.alloc_fragment((C, C), "float32")
             H = T.alloc_fragment((C, C), "float32")
             F_r = T.alloc_fragment((C, C), dtype)
@@ -251,7 +251,7 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
             dS_full, dS_empty = T.alloc_barrier([32]), T.alloc_barrier([192])
             keys_full, keys_empty = T.alloc_barrier([32]), T.alloc_barrier([256])
             vec_full, vec_empty = T.alloc_barrier([64] * 2), T.alloc_barrier([256] * 2)
-            FH_full, FH_empty = T.alloc_barrier([128]), T.alloc_barrier([256])
+            FH_full, FH_empty = T.alloc_barrier([128]), T.alloc_barrier([128])
             sums_full, sums_empty = T.alloc_barrier([320]), T.alloc_barrier([32])
 
             thread = T.get_thread_binding()
@@ -280,11 +280,11 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
                             T.clear(f_q)
                             for member in T.serial(ratio):
                                 head = group * ratio + member
-                                T.barrier_wait(vec_full[step % 2], step // 2 % 2)
+                                wait(vec_full, step % 2, step // 2 % 2)
                                 T.clear(F)
                                 T.clear(H)
                                 for pair in T.serial(pairs):
-                                    T.barrier_wait(rows_full[rows % 2], rows // 2 % 2)
+                                    wait(rows_full, rows % 2, rows // 2 % 2)
                                     T.wgmma_gemm(do_s[rows % 2 * 2, :, :], W_s[rows % 2 * 2, :, :], F, transpose_B=True)
                                     T.wgmma_gemm(dv_s[rows % 2 * 2, :, :], W_s[rows % 2 * 2, :, :], H, transpose_B=True)
                                     if pair * 2 + 1 < parts:
@@ -302,14 +302,23 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
                                         )
                                     T.wait_wgmma(0)
                                     if sweeps == 2:
-                                        T.barrier_arrive(rows_empty[rows % 2])
+                                        arrive(rows_empty, rows % 2)
                                         rows += 1
-                                T.barrier_wait(FH_empty[0], (step + 1) % 2)
-                                T.sync_threads(OWN, 128)
                                 for i, j in T.Parallel(C, C):
-                                    if i == j:
-                                        f_s[i] = F[i, j] * vec[step % 2, ROW_F, i] * vec[step % 2, COLUMN, i]
-                                        diagonal_s[i] = H[i, j]
+                                    picked[i, j] = T.Select(i == j, H[i, j], T.float32(0.0))
+                                T.reduce_sum(picked, rows_q, dim=1)
+                                for i in T.Parallel(C):
+                                    if i < left:
+                                        dbeta[first + i, head] = rows_q[i] / (
+                                            vec[step % 2, BAR, i] * vec[step % 2, OMEGA, i]
+                                        )
+                                for i, j in T.Parallel(C, C):
+                                    picked[i, j] = T.Select(i == j, F[i, j], T.float32(0.0))
+                                T.reduce_sum(picked, rows_q, dim=1)
+                                for i in T.Parallel(C):
+                                    rows_q[i] *= vec[step % 2, ROW_F, i] * vec[step % 2, COLUMN, i]
+                                for i in T.Parallel(C):
+                                    f_q[i] += rows_q[i]
                                 for i, j in T.Parallel(C, C):
                                     F[i, j] *= vec[step % 2, ROW_F, i]
                                 for i, j in T.Parallel(C, C):
@@ -321,25 +330,19 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
                                 cut(H, C * C // 128, True)
                                 T.copy(F, F_r)
                                 T.copy(H, H_r)
+                                wait(FH_empty, 0, (step + 1) % 2)
                                 T.copy(F_r, F_s)
                                 T.copy(H_r, H_s)
+                                T.copy(rows_q, f_s)
                                 release_tiles()
-                                T.barrier_arrive(FH_full[0])
-                                T.sync_threads(OWN, 128)
-                                for i in T.Parallel(C):
-                                    f_q[i] += f_s[i]
-                                if thread < C and thread < left:
-                                    dbeta[first + thread, head] = diagonal_s[thread] / (
-                                        vec[step % 2, BAR, thread] * vec[step % 2, OMEGA, thread]
-                                    )
-                                arrive(FH_empty, 0)
+                                arrive(FH_full, 0)
                                 T.clear(a_f)
                                 for pair in T.serial(pairs):
                                     if sweeps == 2:
-                                        T.barrier_wait(rows_full[rows % 2], rows // 2 % 2)
-                                    T.barrier_wait(S_full[0], pairs_done % 2)
+                                        wait(rows_full, rows % 2, rows // 2 % 2)
+                                    wait(S_full, 0, pairs_done % 2)
                                     if pair == 0:
-                                        T.barrier_wait(keys_full[0], chunk % 2)
+                                        wait(keys_full, 0, chunk % 2)
                                     advance(
                                         S_0, W_s, rows % 2 * 2, vec, step % 2, k_s, work_q, operand_q,
                                         c + 1 < per_item and left > C,
@@ -355,8 +358,8 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
                                         first, left, head, pair * 2 * part,
                                     )  # fmt: skip
                                     release_tiles()
-                                    T.barrier_arrive(S_empty[0])
-                                    T.barrier_arrive(rows_empty[rows % 2])
+                                    arrive(S_empty, 0)
+                                    arrive(rows_empty, rows % 2)
                                     for i, j in T.Parallel(C, K):
                                         work_q[i, j] *= vec[step % 2, ROW_A, i]
                                     if pair == pairs - 1:
@@ -369,15 +372,15 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
                                     pairs_done += 1
                                 for i in T.Parallel(C):
                                     square_q[i] = vec[step % 2, CHI_2, i]
-                                T.barrier_wait(sums_empty[0], (step + 1) % 2)
+                                wait(sums_empty, 0, (step + 1) % 2)
                                 T.copy(a_f, a_s)
                                 release_tiles()
-                                T.barrier_arrive(sums_full[0])
-                                T.barrier_arrive(vec_empty[step % 2])
+                                arrive(sums_full, 0)
+                                arrive(vec_empty, step % 2)
                                 step += 1
                             finish(dQ, f_q, square_q, q_s, k_s, q_f, work_q, rows_q)
                             release_tiles()
-                            T.barrier_arrive(keys_empty[0])
+                            arrive(keys_empty, 0)
                             for i, j in T.Parallel(C, K):
                                 if i < left:
                                     dq[first + i, group, j] = dQ[i, j]
@@ -396,33 +399,33 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
                             T.clear(f_k)
                             for member in T.serial(ratio):
                                 head = group * ratio + member
-                                T.barrier_wait(vec_full[step % 2], step // 2 % 2)
+                                wait(vec_full, step % 2, step // 2 % 2)
                                 if sweeps == 2:
                                     for pair in T.serial(pairs):
-                                        T.barrier_wait(rows_full[rows % 2], rows // 2 % 2)
-                                        T.barrier_arrive(rows_empty[rows % 2])
+                                        wait(rows_full, rows % 2, rows // 2 % 2)
+                                        arrive(rows_empty, rows % 2)
                                         rows += 1
                                 T.clear(b_f)
                                 T.clear(e_f)
                                 for pair in T.serial(pairs):
-                                    T.barrier_wait(rows_full[rows % 2], rows // 2 % 2)
-                                    T.barrier_wait(dS_full[0], pairs_done % 2)
+                                    wait(rows_full, rows % 2, rows // 2 % 2)
+                                    wait(dS_full, 0, pairs_done % 2)
                                     T.clear(work_k)
                                     T.wgmma_gemm(W_s[rows % 2 * 2, :, :], dS_0, work_k)
                                     if pair * 2 + 1 < parts:
                                         T.wgmma_gemm(W_s[rows % 2 * 2 + 1, :, :], dS_1, work_k)
                                     T.wait_wgmma(0)
-                                    T.barrier_arrive(dS_empty[0])
+                                    arrive(dS_empty, 0)
                                     if not folded:
                                         for i, j in T.Parallel(C, K):
                                             work_k[i, j] *= vec[step % 2, ROW_E, i]
                                     if pair == 0:
-                                        T.barrier_wait(keys_full[0], chunk % 2)
+                                        wait(keys_full, 0, chunk % 2)
                                     T.copy(k_s, k_f)
                                     add_products(work_k, k_f, dK, rows_k)
                                     for i in T.Parallel(C):
                                         e_f[i] += rows_k[i]
-                                    T.barrier_wait(S_full[0], pairs_done % 2)
+                                    wait(S_full, 0, pairs_done % 2)
                                     if pair * 2 + 1 < parts:
                                         advance(
                                             S_1, W_s, rows % 2 * 2 + 1, vec, step % 2, k_s, work_k, operand_k,
@@ -435,12 +438,12 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
                                         T.wgmma_gemm(dv_s[rows % 2 * 2 + 1, :, :], S_1, work_k)
                                     T.wait_wgmma(0)
                                     release_tiles()
-                                    T.barrier_arrive(S_empty[0])
-                                    T.barrier_arrive(rows_empty[rows % 2])
+                                    arrive(S_empty, 0)
+                                    arrive(rows_empty, rows % 2)
                                     for i, j in T.Parallel(C, K):
                                         work_k[i, j] *= vec[step % 2, ROW_B, i]
                                     if pair == pairs - 1:
-                                        T.barrier_wait(FH_full[0], step % 2)
+                                        wait(FH_full, 0, step % 2)
                                         T.gemm(H_s, k_s, work_k)
                                     T.copy(k_s, k_f)
                                     add_products(work_k, k_f, dK, rows_k)
@@ -455,22 +458,22 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
                                 for i in T.Parallel(C):
                                     f_k[i] += f_s[i]
                                 release_tiles()
-                                T.barrier_arrive(FH_empty[0])
+                                arrive(FH_empty, 0)
                                 add_products(work_k, k_f, dK, rows_k)
                                 for i in T.Parallel(C):
                                     b_f[i] -= rows_k[i]
                                 for i in T.Parallel(C):
                                     square_k[i] = vec[step % 2, KAPPA_2, i]
-                                T.barrier_wait(sums_empty[0], (step + 1) % 2)
+                                wait(sums_empty, 0, (step + 1) % 2)
                                 T.copy(b_f, b_s)
                                 T.copy(e_f, e_s)
                                 release_tiles()
-                                T.barrier_arrive(sums_full[0])
-                                T.barrier_arrive(vec_empty[step % 2])
+                                arrive(sums_full, 0)
+                                arrive(vec_empty, step % 2)
                                 step += 1
                             finish(dK, f_k, square_k, k_s, q_s, k_f, work_k, rows_k)
                             release_tiles()
-                            T.barrier_arrive(keys_empty[0])
+                            arrive(keys_empty, 0)
                             for i, j in T.Parallel(C, K):
                                 if i < left:
                                     dk[first + i, group, j] = dK[i, j]
@@ -490,7 +493,7 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
                                     head = group * ratio + member
                                     for load in T.serial(pairs * sweeps):
                                         now = load % pairs
-                                        T.barrier_wait(rows_empty[rows % 2], (rows // 2 + 1) % 2)
+                                        wait(rows_empty, rows % 2, (rows // 2 + 1) % 2)
                                         for p in T.unroll(2):
                                             if now * 2 + p < parts:
                                                 columns = (now * 2 + p) * part
@@ -498,22 +501,22 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
                                                 bring_rows(W, W_s, rows_full, rows, p, first, head, columns, left)
                                                 bring_rows(dv, dv_s, rows_full, rows, p, first, head, columns, left)
                                         release_tiles()
-                                        T.barrier_arrive(rows_full[rows % 2])
+                                        arrive(rows_full, rows % 2)
                                         rows += 1
                                         if load >= pairs * (sweeps - 1):
                                             start = now * 2 * part
                                             both = now * 2 + 1 < parts
                                             index = place[BASE] + c
-                                            T.barrier_wait(dS_empty[0], (pairs_done + 1) % 2)
+                                            wait(dS_empty, 0, (pairs_done + 1) % 2)
                                             bring_states(d_states, index, head, start, both, dS_0, dS_1, dS_full)
-                                            T.barrier_arrive(dS_full[0])
-                                            T.barrier_wait(S_empty[0], (pairs_done + 1) % 2)
+                                            arrive(dS_full, 0)
+                                            wait(S_empty, 0, (pairs_done + 1) % 2)
                                             if c == 0:
                                                 bring_states(states, slot, head, start, both, S_0, S_1, S_full)
                                             else:
                                                 acquire_stores()
                                                 bring_states(scratch, worker, member, start, both, S_0, S_1, S_full)
-                                            T.barrier_arrive(S_full[0])
+                                            arrive(S_full, 0)
                                             pairs_done += 1
                 elif thread < 256 + 96:
                     u = thread - 288
@@ -544,7 +547,7 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
                                     decay = T.alloc_var("float32")
                                     column = kappa * beta / omega
                                     decay = 1.0
-                                    T.barrier_wait(vec_empty[step % 2], (step // 2 + 1) % 2)
+                                    wait(vec_empty, step % 2, (step // 2 + 1) % 2)
                                     vec[step % 2, TOTAL, u] = total
                                     vec[step % 2, SHIFTED, u] = total - T.log2(column)
                                     vec[step % 2, ROW_E, u] = rho * column
@@ -563,26 +566,26 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
                                     vec[step % 2, BAR, u] = bar
                                     if u % 32 == 0:
                                         tiny_s[step % 2, u // 32] = tiny
-                                    T.barrier_arrive(vec_full[step % 2])
+                                    arrive(vec_full, step % 2)
                                     for x in T.unroll(4):
                                         inside[x] = 0.0
                                     for pair in T.serial(pairs):
-                                        T.barrier_wait(dS_full[0], pairs_done % 2)
-                                        T.barrier_wait(S_full[0], pairs_done % 2)
+                                        wait(dS_full, 0, pairs_done % 2)
+                                        wait(S_full, 0, pairs_done % 2)
                                         add_inner(S_0, dS_0, inside, s_16, ds_16, u)
                                         if pair * 2 + 1 < parts:
                                             add_inner(S_1, dS_1, inside, s_16, ds_16, u)
                                         release_tiles()
-                                        T.barrier_arrive(dS_empty[0])
-                                        T.barrier_arrive(S_empty[0])
+                                        arrive(dS_empty, 0)
+                                        arrive(S_empty, 0)
                                         pairs_done += 1
                                     inside[0] += inside[1] + inside[2] + inside[3]
                                     for distance in T.unroll(5):
                                         inside[0] += T.shfl_xor(inside[0], 16 >> distance)
-                                    T.barrier_wait(sums_empty[0], (step + 1) % 2)
+                                    wait(sums_empty, 0, (step + 1) % 2)
                                     if u % 32 == 0:
                                         inner_s[u // 32] = inside[0] * gamma_C
-                                    T.barrier_arrive(sums_full[0])
+                                    arrive(sums_full, 0)
                                     step += 1
                 else:
                     lane = thread - 352
@@ -594,7 +597,7 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
                             first = place[FIRST] + c * C
                             left = place[LEFT] - c * C
                             if left > 0:
-                                T.barrier_wait(keys_empty[0], (chunk + 1) % 2)
+                                wait(keys_empty, 0, (chunk + 1) % 2)
                                 if left >= C:
                                     T.tma_copy(k[first : first + C, group, :], k_s, barrier=keys_full[0])
                                     T.tma_copy(q[first : first + C, group, :], q_s, barrier=keys_full[0])
@@ -602,10 +605,10 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
                                     load_tail_of(k_s, k, first, group, 0, left, K)
                                     load_tail_of(q_s, q, first, group, 0, left, K)
                                     release_tiles()
-                                T.barrier_arrive(keys_full[0])
+                                arrive(keys_full, 0)
                                 chunk += 1
                                 for member in T.serial(ratio):
-                                    T.barrier_wait(sums_full[0], step % 2)
+                                    wait(sums_full, 0, step % 2)
                                     # tokens `lane` and `lane + 32`: [0] summed from the end, [1] from the start
                                     low[0] = a_s[lane] + b_s[lane]
                                     high[0] = a_s[lane + 32] + b_s[lane + 32]
@@ -613,7 +616,7 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
                                     high[1] = e_s[lane + 32]
                                     inside[0] = inner_s[0] + inner_s[1]
                                     release_tiles()
-                                    T.barrier_arrive(sums_empty[0])
+                                    arrive(sums_empty, 0)
                                     for power in T.unroll(5):
                                         moved[0] = T.shfl_down(low[0], 1 << power)
                                         moved[1] = T.shfl_down(high[0], 1 << power)

@@ -40,10 +40,10 @@ MAKERS = {
     "gate_gradients": gate_gradients_kernel,
 }
 
-# The scans synchronise by hand, and no two of their buffers share memory.
+# Kernels of several roles synchronise by hand, and no two of their buffers share memory.
 BY_HAND = {"tl.disable_thread_storage_sync": True, "tl.disable_shared_memory_reuse": True}
 IN_SEGMENTS = [name + suffix for name in ("prepare", "segments", "stitch") for suffix in ("", "_reverse")]
-PASS_CONFIGS = dict.fromkeys(("forward", "reverse", *IN_SEGMENTS), BY_HAND)
+PASS_CONFIGS = dict.fromkeys(("forward", "reverse", "gradients", *IN_SEGMENTS), BY_HAND)
 
 _compiled: dict[tuple, object] = {}
 _lock = Lock()
