@@ -20,9 +20,9 @@ OUTPUTS = {  # of each kernel: the places of its outputs among its arguments
     **dict.fromkeys(("segments", "segments_reverse"), range(8, 10)),
     "stitch": [3],
     "stitch_reverse": [3],
-    "forward": range(10, 14),
+    "forward": range(10, 15),
     "reverse": range(10, 15),
-    "gradients": range(10, 15),
+    "gradients": range(11, 16),
     "gate_gradients": range(6, 9),
 }
 OPTIONS = {
@@ -189,9 +189,9 @@ def test_opcheck(cu_seqlens, state):
     opcheck(operator._forward_op, (*forward, True))
     none = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in forward)
     opcheck(operator._forward_op, (*none, False))
-    o, final_state, W, states, order = operator._forward_op(*none, True)
+    o, final_state, *kept, order = operator._forward_op(*none, True)
     q, k, _, g, beta, _, A_log, dt_bias, *_ = none
-    backward = (q, k, g, beta, W, states, torch.ones_like(o), final_state, cu_seqlens, order, A_log, dt_bias)
+    backward = (q, k, g, beta, *kept, torch.ones_like(o), final_state, cu_seqlens, order, A_log, dt_bias)
     opcheck(operator._backward_op, (*backward, state, 0.1, True, True, True, True))
 
 

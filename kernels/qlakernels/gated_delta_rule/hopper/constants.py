@@ -49,3 +49,8 @@ def equal_rows(batch: int, tokens: int, device: torch.device) -> tuple[torch.Ten
 
 def zeros(heads: int, device: torch.device) -> tuple[torch.Tensor]:
     return (torch.zeros(heads, device=device),)
+
+
+def zero_states(heads: int, value_dim: int, key_dim: int, device: torch.device) -> tuple[torch.Tensor]:
+    """[1, Hv, V, K] of zeros, to be viewed as any dtype of two bytes."""
+    return (torch.zeros(1, heads, value_dim, key_dim, dtype=torch.int16, device=device),)

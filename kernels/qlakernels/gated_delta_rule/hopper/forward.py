@@ -52,6 +52,7 @@ from qlakernels.gated_delta_rule.hopper.common import (
     CLOSES,
     FIRST,
     LENGTH,
+    OPENS,
     PRELUDE,
     STATE_STRIDE,
     arrive,
@@ -83,7 +84,8 @@ def forward_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
     threads = base + 128
     registers, auxiliary_registers, producer_registers = REGISTERS[warpgroups]
     tokens, heads, groups = T.dynamic("tokens"), T.dynamic("heads"), T.dynamic("groups")
-    documents, kept, starts, ends = (T.dynamic(x) for x in ("documents", "kept", "starts", "ends"))
+    documents, starts, ends = (T.dynamic(x) for x in ("documents", "starts", "ends"))
+    kept, firsts = T.dynamic("kept"), T.dynamic("firsts")
     q_token, q_head = T.dynamic("q_token"), T.dynamic("q_head")
     k_token, k_head = T.dynamic("k_token"), T.dynamic("k_head")
     v_token, v_head = T.dynamic("v_token"), T.dynamic("v_head")
@@ -105,6 +107,7 @@ def forward_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
         o: T.Tensor((tokens, heads, V), dtype),
         W: T.Tensor((written, heads, V), dtype),
         states: T.Tensor((kept, heads, V, K), dtype),
+        first_states: T.Tensor((firsts, heads, V, K), dtype),
         final_state: T.Tensor((ends, heads, K, V), "float32"),
         segment_states: T.Tensor((cuts, heads, V, K), "float32"),
         scale: T.float32,
@@ -174,8 +177,10 @@ def forward_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
             chunks = T.ceildiv(length, C)
             closes = T.alloc_var("int32")
             closes = place[CLOSES]
-            kept_slot = T.alloc_var("int32")  # of the first state kept
-            kept_slot = cu_seqlens[document] // STATE_STRIDE + document + (start - cu_seqlens[document]) // STATE_STRIDE
+            opens = T.alloc_var("int32")
+            opens = place[OPENS]
+            kept_slot = T.alloc_var("int32")  # of the state at the segment's start, which is kept unless it `opens`
+            kept_slot = cu_seqlens[document] // STATE_STRIDE + (start - cu_seqlens[document]) // STATE_STRIDE - 1
 
             if thread < consumers:
                 T.set_max_nreg(registers, 1)
@@ -264,9 +269,12 @@ def forward_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
                     T.sync_threads(1, consumers)
                     if keep:
                         if c % (STATE_STRIDE // C) == 0:
-                            T.tma_copy(
-                                S_s, states[kept_slot + c // (STATE_STRIDE // C), head, columns : columns + part, :]
-                            )
+                            if c > 0 or opens == 0:
+                                T.tma_copy(
+                                    S_s, states[kept_slot + c // (STATE_STRIDE // C), head, columns : columns + part, :]
+                                )
+                            elif starts > 0:
+                                T.tma_copy(S_s, first_states[document, head, columns : columns + part, :])
                     first = start + c * C
                     if c * C + C <= length:
                         T.tma_copy(o_s, o[first : first + C, head, columns : columns + part])
@@ -327,8 +335,11 @@ def forward_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
                         arrive(v_full, 0)
                 elif thread < base + 64:
                     if keep and closes > 0:  # the place that no state of this document takes, if there is one
-                        used = kept_slot + T.ceildiv(length, STATE_STRIDE)
-                        if used < (start + length) // STATE_STRIDE + document + 1:
+                        end = start + length
+                        used = cu_seqlens[document] // STATE_STRIDE + T.max(
+                            T.ceildiv(end - cu_seqlens[document], STATE_STRIDE) - 1, 0
+                        )
+                        if used < end // STATE_STRIDE:
                             for block in T.serial(T.ceildiv(part * K, 32 * 8)):
                                 row = (block * 32 + thread % 32) // (K // 8)
                                 if row < part and p * part + row < V:

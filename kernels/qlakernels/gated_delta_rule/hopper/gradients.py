@@ -80,7 +80,7 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
     folded = folds_decay(dtype)
     budgets = (216, 232) if sweeps == 1 else (224, 224)  # registers of the consumers; 56 are left for the third
     tokens, heads, groups = T.dynamic("tokens"), T.dynamic("heads"), T.dynamic("groups")
-    slots, documents, kept = (T.dynamic(x) for x in ("slots", "documents", "kept"))
+    slots, documents, kept, firsts = (T.dynamic(x) for x in ("slots", "documents", "kept", "firsts"))
     places, members = T.dynamic("places"), T.dynamic("members")
     q_token, q_head = T.dynamic("q_token"), T.dynamic("q_head")
     k_token, k_head = T.dynamic("k_token"), T.dynamic("k_head")
@@ -104,6 +104,16 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
         T.tma_copy(source[index, head, columns : columns + part, :], tile_0, barrier=full[0])
         if both:
             T.tma_copy(source[index, head, columns + part : columns + 2 * part, :], tile_1, barrier=full[0])
+
+    @T.macro
+    def bring_kept(
+        states, first_states, slot, document, is_first, with_first, head, columns, both, tile_0, tile_1, full
+    ):
+        """As `bring_states`, the state at the start of an item; with_first 0: of first_states one serves all."""
+        if is_first == 0:
+            bring_states(states, slot - document - 1, head, columns, both, tile_0, tile_1, full)
+        else:
+            bring_states(first_states, document * with_first, head, columns, both, tile_0, tile_1, full)
 
     @T.macro
     def repair(dv, dv_s, tiny, vec, stage, tile, first, left, head, columns):
@@ -183,6 +193,7 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
         W: T.Tensor((tokens, heads, V), dtype),
         dv: T.Tensor((tokens, heads, V), dtype),
         states: T.Tensor((kept, heads, V, K), dtype),
+        first_states: T.Tensor((firsts, heads, V, K), dtype),
         d_states: T.Tensor((slots, heads, V, K), dtype),
         gates: T.Tensor((slots, heads, 2, C), "float32"),
         norms: T.Tensor((slots, groups, 2, C), "float32"),
@@ -196,6 +207,7 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
         steps: T.int32,
         ratio: T.int32,
         workers: T.int32,
+        with_first: T.int32,
     ):
         with T.Kernel(workers, threads=384, prelude=PRELUDE) as (worker,):
             q_s = T.alloc_shared((C, K), dtype)
@@ -255,7 +267,7 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
             sums_full, sums_empty = T.alloc_barrier([320]), T.alloc_barrier([32])
 
             thread = T.get_thread_binding()
-            items = kept * groups
+            items = (tokens // STATE_STRIDE + documents) * groups
             step = T.alloc_var("int32", init=0)  # steps done
             chunk = T.alloc_var("int32", init=0)  # chunks done
             rows = T.alloc_var("int32", init=0)  # pairs of rows done
@@ -512,7 +524,11 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
                                             arrive(dS_full, 0)
                                             wait(S_empty, 0, (pairs_done + 1) % 2)
                                             if c == 0:
-                                                bring_states(states, slot, head, start, both, S_0, S_1, S_full)
+                                                bring_kept(
+                                                    states, first_states, slot, place[0],
+                                                    T.cast(place[FIRST] == cu_seqlens[place[0]], "int32"), with_first,
+                                                    head, start, both, S_0, S_1, S_full,
+                                                )  # fmt: skip
                                             else:
                                                 acquire_stores()
                                                 bring_states(scratch, worker, member, start, both, S_0, S_1, S_full)

@@ -19,7 +19,7 @@ import torch
 
 from qlakernels.gated_delta_rule.hopper.chunk import VECTORS
 from qlakernels.gated_delta_rule.hopper.common import CHUNK, STATE_STRIDE
-from qlakernels.gated_delta_rule.hopper.constants import constant, equal_rows, zeros
+from qlakernels.gated_delta_rule.hopper.constants import constant, equal_rows, zero_states, zeros
 from qlakernels.gated_delta_rule.hopper.gate_gradients import TOKENS as GATE_TOKENS
 from qlakernels.gated_delta_rule.hopper.gradients import PART, value_parts
 from qlakernels.gated_delta_rule.hopper.kernels import launcher, load, rows_of_many_scans, specialisations
@@ -55,7 +55,7 @@ def run(
         return _of_no_tokens(k, v, _documents(q, cu_seqlens), initial_state, output_final_state)
     inputs = (q, k, v, g, beta, initial_state, A_log, dt_bias)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    o, final_state, _, _, _ = _forward_op(
+    o, final_state, *_ = _forward_op(
         q,
         k,
         v,
@@ -107,8 +107,8 @@ def rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def _sizes(tokens: int, documents: int) -> tuple[int, int]:
-    """(slots, kept states)"""
-    return tokens // CHUNK + documents, tokens // STATE_STRIDE + documents
+    """(slots of chunks, states kept: one every STATE_STRIDE tokens of a document but the first, one at least)"""
+    return tokens // CHUNK + documents, torch.sym_max(tokens // STATE_STRIDE, 1)
 
 
 def _steps(documents: int) -> int:
@@ -259,9 +259,11 @@ def _forward(
     keep,
 ):
     """Tensors [B, T, H, D]; returns o and final states, and for the backward W [B·T, H, V], every fourth chunk's state
-    and the order of the documents where they were given."""
+    but the first, the rounded initial states, and the order of the documents where they were given."""
     (groups, key_dim), (heads, value_dim) = k.shape[2:], v.shape[2:]
-    o, final_state, W, states = _outputs(q, k, v, cu_seqlens, output_final_state, keep)
+    o, final_state, W, states, first_states = _outputs(q, k, v, cu_seqlens, initial_state, output_final_state, keep)
+    if keep and v.shape[0] * v.shape[1] < STATE_STRIDE:
+        states.zero_()  # its one place is nobody's
     if initial_state is None:
         initial_state = final_state.new_empty(0, heads, key_dim, value_dim)
     documents = _documents(q, cu_seqlens)
@@ -290,6 +292,7 @@ def _forward(
             tokens_first(o),
             W,
             states,
+            first_states if first_states.numel() else states,  # something that the copy engine takes
             final_state,
             segment_states,
             *options,
@@ -298,11 +301,11 @@ def _forward(
             plan.segment,
             steps,
         )
-    return o, final_state, W, states, (cu.new_empty(0) if cu_seqlens is None else order)
+    return o, final_state, W, states, first_states, (cu.new_empty(0) if cu_seqlens is None else order)
 
 
-def _outputs(q, k, v, cu_seqlens, output_final_state, keep):
-    """o, final states, W, kept states"""
+def _outputs(q, k, v, cu_seqlens, initial_state, output_final_state, keep):
+    """o, final states, W, kept states, first states"""
     (batch, tokens, heads, value_dim), key_dim = v.shape, k.shape[3]
     documents = _documents(q, cu_seqlens)
     _, kept = _sizes(batch * tokens, documents)
@@ -311,6 +314,7 @@ def _outputs(q, k, v, cu_seqlens, output_final_state, keep):
         q.new_empty(documents if output_final_state else 0, heads, key_dim, value_dim, dtype=torch.float32),
         q.new_empty(batch * tokens if keep else 0, heads, value_dim),
         q.new_empty(kept if keep else 0, heads, value_dim, key_dim),
+        q.new_empty(documents if keep and initial_state is not None else 0, heads, value_dim, key_dim),
     )
 
 
@@ -333,7 +337,7 @@ def _forward_fake(
     keep,
 ):
     order = q.new_empty(0 if cu_seqlens is None else _documents(q, cu_seqlens), dtype=torch.int32)
-    return *_outputs(q, k, v, cu_seqlens, output_final_state, keep), order
+    return *_outputs(q, k, v, cu_seqlens, initial_state, output_final_state, keep), order
 
 
 def _backward(
@@ -343,6 +347,7 @@ def _backward(
     beta,
     W,
     states,
+    first_states,
     do,
     d_final_state,
     cu_seqlens,
@@ -404,6 +409,7 @@ def _backward(
     )
     dq, dk = (torch.empty(tokens, groups, key_dim, dtype=q.dtype, device=q.device) for _ in range(2))
     dg, dbeta = (gates.new_empty(tokens, heads) for _ in range(2))
+    with_first = first_states.numel() > 0
     workers = _multiprocessors(q.device)
     scratch = q.new_empty(workers, ratio, value_parts(value_dim) * PART, key_dim)
     launch["gradients"](
@@ -413,6 +419,9 @@ def _backward(
         W,
         dv,
         states,
+        first_states
+        if with_first
+        else constant(zero_states, heads, value_dim, key_dim, device=q.device)[0].view(q.dtype),
         d_states,
         gates,
         norms,
@@ -426,6 +435,7 @@ def _backward(
         steps,
         ratio,
         workers,
+        int(with_first),
     )
     dg, dbeta, d_parameters = _of_raw_gates(launch, dg, dbeta, g, beta, A_log, dt_bias, gate, neg)
     whole = (x.view(*shape, *x.shape[1:]) for x in (dq, dk, dv, dg, dbeta))  # [B, T, ...]
@@ -450,6 +460,7 @@ def _backward_fake(
     beta,
     W,
     states,
+    first_states,
     do,
     d_final_state,
     cu_seqlens,
@@ -481,13 +492,13 @@ _library = torch.library.Library("qlakernels", "FRAGMENT")
 _library.define(
     "gated_delta_rule(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? cu_seqlens, Tensor? A_log, "
     "Tensor? dt_bias, Tensor? initial_state, float scale, bool output_final_state, bool l2norm, "
-    "bool gate, bool sigmoid, bool neg, bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "bool gate, bool sigmoid, bool neg, bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 _library.define(
-    "gated_delta_rule_backward(Tensor q, Tensor k, Tensor g, Tensor beta, Tensor W, Tensor states, Tensor do, "
-    "Tensor? d_final_state, Tensor? cu_seqlens, Tensor order, Tensor? A_log, Tensor? dt_bias, "
-    "bool with_initial_state, float scale, bool l2norm, bool gate, bool sigmoid, bool neg) "
+    "gated_delta_rule_backward(Tensor q, Tensor k, Tensor g, Tensor beta, Tensor W, Tensor states, "
+    "Tensor first_states, Tensor do, Tensor? d_final_state, Tensor? cu_seqlens, Tensor order, Tensor? A_log, "
+    "Tensor? dt_bias, bool with_initial_state, float scale, bool l2norm, bool gate, bool sigmoid, bool neg) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
@@ -500,9 +511,9 @@ class _GatedDeltaRule(torch.autograd.Function):
     def forward(ctx, keyset, *inputs):
         output = _below_autograd(keyset, *inputs)
         q, k, _, g, beta, cu_seqlens, A_log, dt_bias, initial_state, scale, final, *options, _ = inputs
-        _, _, W, states, order = output
-        ctx.save_for_backward(q, k, g, beta, W, states, cu_seqlens, order, A_log, dt_bias)
-        ctx.mark_non_differentiable(W, states, order)
+        _, _, W, states, first_states, order = output
+        ctx.save_for_backward(q, k, g, beta, W, states, first_states, cu_seqlens, order, A_log, dt_bias)
+        ctx.mark_non_differentiable(W, states, first_states, order)
         ctx.set_materialize_grads(False)
         ctx.with_initial_state, ctx.with_final_state = initial_state is not None, final
         ctx.scale, ctx.options = scale, options
@@ -510,12 +521,12 @@ class _GatedDeltaRule(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, do, d_final_state, *_):
-        q, k, g, beta, W, states, cu_seqlens, order, A_log, dt_bias = ctx.saved_tensors
+        q, k, g, beta, W, states, first_states, cu_seqlens, order, A_log, dt_bias = ctx.saved_tensors
         if do is None:
             do = torch.zeros_like(W).unflatten(0, q.shape[:2])
         dq, dk, dv, dg, dbeta, d_parameters, d_initial_state = _backward_op(
-            q, k, g, beta, W, states, do, d_final_state if ctx.with_final_state else None, cu_seqlens, order,
-            A_log, dt_bias, ctx.with_initial_state, ctx.scale, *ctx.options,
+            q, k, g, beta, W, states, first_states, do, d_final_state if ctx.with_final_state else None, cu_seqlens,
+            order, A_log, dt_bias, ctx.with_initial_state, ctx.scale, *ctx.options,
         )  # fmt: skip
         return (
             None,

@@ -223,7 +223,7 @@ def segments_kernel(key_dim, value_dim, dtype, reverse):
 def stitch_kernel(key_dim, value_dim, reverse):
     """The state that enters each segment, in place of the N of the one before, by S' = M S + N in three products of
     bfloat16, S = S₁ + S₂ and M = M₁ + M₂. A block takes 64 columns of V of a document's head through its segments; a
-    warp of its second warpgroup brings the maps, two stages of 64 KB."""
+    warp of its second warpgroup brings M and N, two stages of 96 KB."""
     K, V = key_dim, value_dim
     part, stages = 64, 2
     heads, documents, cuts, starts = (T.dynamic(x) for x in ("heads", "documents", "cuts", "starts"))
@@ -239,10 +239,12 @@ def stitch_kernel(key_dim, value_dim, reverse):
         with T.Kernel(T.ceildiv(V, part), heads, documents, threads=256) as (p, head, document):
             T.import_source(PRELUDE)
             M_s = T.alloc_shared((stages, 2, K, K), "bfloat16")
+            N_s = T.alloc_shared((stages, part, K), "float32")
             S = T.alloc_fragment((part, K), "float32")
             S1 = T.alloc_fragment((part, K), "bfloat16")
             S2 = T.alloc_fragment((part, K), "bfloat16")
             full, empty = T.alloc_barrier([32] * stages), T.alloc_barrier([128] * stages)
+            T.annotate_layout({N_s: make_full_bank_swizzled_layout(N_s)})
             thread = T.get_thread_binding()
             low = T.alloc_var("int32")
             count = T.alloc_var("int32")
@@ -263,21 +265,27 @@ def stitch_kernel(key_dim, value_dim, reverse):
                         S1[i, j] = S[i, j]
                     for i, j in T.Parallel(part, K):
                         S2[i, j] = S[i, j] - T.cast(S1[i, j], "float32")
-                    for i, j in T.Parallel(part, K):
-                        S[i, j] = segment_states[after, head, columns + i, j]
                     wait(full, step % stages, step // stages % 2)
+                    T.copy(N_s[step % stages, :, :], S)
                     T.wgmma_gemm(S1, M_s[step % stages, 0, :, :], S)
                     T.wgmma_gemm(S1, M_s[step % stages, 1, :, :], S)
                     T.wgmma_gemm(S2, M_s[step % stages, 0, :, :], S)
                     T.wait_wgmma(0)
                     T.warpgroup_fence_operand(S, num_regs=K // 2)
+                    release_tiles()
                     arrive(empty, step % stages)
                     for i, j in T.Parallel(part, K):
                         segment_states[after, head, columns + i, j] = S[i, j]
             elif thread < 160:
                 for step in T.serial(count - 1):
                     before = low + (count - 1 - step if reverse else step)
+                    after = before + (-1 if reverse else 1)
                     wait(empty, step % stages, (step // stages + 1) % 2)
+                    T.tma_copy(
+                        segment_states[after, head, p * part : p * part + part, :],
+                        N_s[step % stages, :, :],
+                        barrier=full[step % stages],
+                    )
                     for half in T.unroll(2):
                         T.tma_copy(
                             maps[before, head, half, :, :], M_s[step % stages, half, :, :], barrier=full[step % stages]
