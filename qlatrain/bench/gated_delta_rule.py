@@ -58,6 +58,8 @@ class GatedDeltaRule:
         bounds = shape.bounds(seed)
         self._cu_seqlens_cpu = None if bounds is None else torch.tensor(bounds, dtype=torch.int32)
         self._cu_seqlens = None if bounds is None else self._cu_seqlens_cpu.to(device)
+        # of their own type: they keep what they make of the same tensor from call to call
+        self._cu_seqlens_of_peers = None if bounds is None else self._cu_seqlens.long()
         self._checked_key_heads = list(range(shape.key_heads))
         self._fla_dispatch = FlaDispatch.switched_off()
 
@@ -72,7 +74,7 @@ class GatedDeltaRule:
         return chunk_gated_delta_rule(
             **tensors,
             use_qk_l2norm_in_kernel=True,
-            cu_seqlens=self._cu_seqlens,
+            cu_seqlens=self._cu_seqlens_of_peers if backend in PEERS else self._cu_seqlens,
             cu_seqlens_cpu=self._cu_seqlens_cpu,
             backend=backend,
         )
