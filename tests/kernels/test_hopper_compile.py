@@ -1,6 +1,9 @@
 """The Hopper kernels compile for sm_90a without a GPU, and stay within their registers. Needs nvcc."""
 
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -29,3 +32,21 @@ def test_resources(size, name):
 
 def test_every_kernel_has_a_limit():
     assert set(SPILL_LIMITS) == set(training_kernels(128, 128))
+
+
+def test_a_kernel_that_does_not_compile(monkeypatch, tmp_path):
+    monkeypatch.setattr("tilelang.env.TILELANG_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TILELANG_CACHE_DIR", str(tmp_path))
+    with pytest.raises(RuntimeError, match=r"the kernel \('nothing',\) does not compile: KeyError: 'nothing'"):
+        load([("nothing",), ("nobody",)])
+
+
+def test_what_was_compiled_is_found(monkeypatch, tmp_path):
+    """In the cache, by a process that has not compiled it."""
+    monkeypatch.setenv("TILELANG_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
+    find = "from qlakernels.gated_delta_rule.hopper import kernels as k; key = ('reach', True); "
+    compile_it = find + "print(k._mark(key).exists()); k.load([key]); print(k._mark(key).exists())"
+    for expected in ("False\nTrue", "True\nTrue"):
+        done = subprocess.run([sys.executable, "-c", compile_it], capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == expected

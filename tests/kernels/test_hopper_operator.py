@@ -130,6 +130,14 @@ def test_plan(shape, documents, plan):
     assert operator._plan(q, cu_seqlens, heads, value_dim) == plan
 
 
+def test_too_many_documents():
+    inputs = {name: x.detach() for name, x in packed(make_inputs(batch=1)).items()}
+    cu_seqlens = torch.zeros(operator.MOST_DOCUMENTS + 2, dtype=torch.int32)
+    cu_seqlens[-1] = 70
+    with pytest.raises(ValueError, match=r"^cu_seqlens holds a number of documents of 65536; .* takes 65535 in a call"):
+        operator.run(**inputs, **OPTIONS | {"cu_seqlens": cu_seqlens})
+
+
 @pytest.mark.parametrize("gates", [True, False])
 def test_gradients(gates, launches):
     inputs = make_inputs()

@@ -26,6 +26,7 @@ from qlakernels.gated_delta_rule.hopper.kernels import launcher, load, rows_of_m
 
 LEAST_SEGMENT = 1024  # tokens; with shorter ones, or fewer to a document, the stitching costs more than it gains
 LEAST_CUTS = 3
+MOST_DOCUMENTS = 2**16 - 1  # blocks of a grid along its third side
 
 
 def run(
@@ -47,12 +48,16 @@ def run(
     use_beta_sigmoid_in_kernel,
     allow_neg_eigval,
 ):
-    """As `chunk_gated_delta_rule`."""
+    """As `chunk_gated_delta_rule`. Raises ValueError for more documents than a launch takes."""
     batch, tokens = q.shape[:2]
     if cu_seqlens is not None:
         cu_seqlens = cu_seqlens.to(q.device, torch.int32, non_blocking=True)
+    documents = _documents(q, cu_seqlens)
+    if documents > MOST_DOCUMENTS:
+        name = "q has a batch" if cu_seqlens is None else "cu_seqlens holds a number of documents"
+        raise ValueError(f"{name} of {documents}; backend tilelang takes {MOST_DOCUMENTS} in a call: split it")
     if batch * tokens == 0:
-        return _of_no_tokens(k, v, _documents(q, cu_seqlens), initial_state, output_final_state)
+        return _of_no_tokens(k, v, documents, initial_state, output_final_state)
     inputs = (q, k, v, g, beta, initial_state, A_log, dt_bias)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     o, final_state, *_ = _forward_op(
