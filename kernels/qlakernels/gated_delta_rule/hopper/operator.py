@@ -194,15 +194,19 @@ def _boundaries(launch, q, cu_seqlens) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @contextmanager
-def _heard(cu_seqlens):
-    """What the device has against boundaries is printed by the next wait, which an error in between would forgo."""
+def _heard(cu_seqlens, tokens):
+    """What the device has against boundaries is printed by the next wait, unless an error in between comes first."""
     try:
         yield
-    except RuntimeError:
-        if cu_seqlens is not None and cu_seqlens.is_cuda:
-            with suppress(RuntimeError):
-                torch.cuda.synchronize(cu_seqlens.device)
+    except torch.OutOfMemoryError:
         raise
+    except RuntimeError as error:
+        if cu_seqlens is None or not cu_seqlens.is_cuda:
+            raise
+        with suppress(RuntimeError):
+            torch.cuda.synchronize(cu_seqlens.device)
+        why = f"cu_seqlens does not start at 0, descends or does not end at {tokens}, the number of tokens"
+        raise RuntimeError(f"{error}\nIf {why}, this is why: the device checks it, and stops.") from error
 
 
 def _enter_segments(launch, plan, reverse, q, k, x, g, beta, A_log, dt_bias, cu, first_state, options, steps):
@@ -277,7 +281,7 @@ def _forward(
         key_dim, value_dim, q.dtype, l2norm, gate, sigmoid, g.dtype, beta.dtype, keep, plan.part, plan.cut
     )
     A_log, dt_bias = _gate_parameters(A_log, dt_bias, heads, q.device)
-    with _heard(cu_seqlens):
+    with _heard(cu_seqlens, v.shape[0] * v.shape[1]):
         cu, order = _boundaries(launch, q, cu_seqlens)
         q, k, v, g, beta = tiles(q), tiles(k), tiles(v), rows(g), rows(beta)
         options, steps = (scale, 2.0 if neg else 1.0), _steps(documents)
@@ -319,7 +323,7 @@ def _outputs(q, k, v, cu_seqlens, initial_state, output_final_state, keep):
         q.new_empty(documents if output_final_state else 0, heads, key_dim, value_dim, dtype=torch.float32),
         q.new_empty(batch * tokens if keep else 0, heads, value_dim),
         q.new_empty(kept if keep else 0, heads, value_dim, key_dim),
-        q.new_empty(documents if keep and initial_state is not None else 0, heads, value_dim, key_dim),
+        q.new_zeros(documents if keep and initial_state is not None else 0, heads, value_dim, key_dim),
     )
 
 
