@@ -51,6 +51,8 @@ BY_HAND = {"tl.disable_thread_storage_sync": True, "tl.disable_shared_memory_reu
 IN_SEGMENTS = [name + suffix for name in ("prepare", "segments", "stitch") for suffix in ("", "_reverse")]
 PASS_CONFIGS = dict.fromkeys(("forward", "reverse", "gradients", *IN_SEGMENTS), BY_HAND)
 
+HOST = ("operator", "constants", "resources")  # modules that no kernel is made from
+
 _compiled: dict[tuple, object] = {}
 _lock = Lock()
 
@@ -126,7 +128,8 @@ def _mark(key: tuple) -> Path:
 def _sources() -> str:
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
+        if path.stem not in HOST:
+            digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
