@@ -46,7 +46,7 @@ def test_what_was_compiled_is_found(monkeypatch, tmp_path):
     monkeypatch.setenv("TILELANG_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
     find = "from qlakernels.gated_delta_rule.hopper import kernels as k; key = ('reach', True); "
-    compile_it = find + "print(k._mark(key).exists()); k.load([key]); print(k._mark(key).exists())"
+    compile_it = find + "print(k._library(key).exists()); k.load([key]); print(k._library(key).exists())"
     for expected in ("False\nTrue", "True\nTrue"):
         done = subprocess.run([sys.executable, "-c", compile_it], capture_output=True, text=True, check=True)
         assert done.stdout.strip() == expected

@@ -11,14 +11,14 @@ import os
 import subprocess
 import sys
 import warnings
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import cache
 from pathlib import Path
 from threading import Lock
 
 import tilelang
 from tqdm import tqdm
-from tvm.runtime import Executable
+from tvm.runtime import Executable, load_module
 
 from qlakernels.gated_delta_rule.hopper.boundaries import boundaries_kernel
 from qlakernels.gated_delta_rule.hopper.common import TARGET
@@ -52,8 +52,9 @@ IN_SEGMENTS = [name + suffix for name in ("prepare", "segments", "stitch") for s
 PASS_CONFIGS = dict.fromkeys(("forward", "reverse", "gradients", *IN_SEGMENTS), BY_HAND)
 
 HOST = ("operator", "constants", "resources")  # modules that no kernel is made from
+SLOWEST = "gradients"  # to compile
 
-_compiled: dict[tuple, object] = {}
+_functions: dict[tuple, object] = {}
 _lock = Lock()
 
 
@@ -92,36 +93,45 @@ def rows_of_many_scans(value_dim: int) -> int:
 
 
 def load(needed: list[tuple]) -> None:
-    """Compiles what is missing, side by side: tenths of a second each from the disk cache, else 5 to 40 s.
+    """Makes kernels ready for `launcher`, side by side: hundredths of a second each from the cache, else 5 to 40 s.
 
     Raises:
         RuntimeError: a kernel does not compile.
     """
     with _lock:
-        missing = [key for key in dict.fromkeys(needed) if key not in _compiled]
-        if not missing:
-            return
-        fresh = [key for key in missing if not _mark(key).exists()]
-        if len(fresh) > 1 and tilelang.env.is_cache_enabled() and sys.executable:
-            _compile_in_processes(fresh)
-        functions = [(MAKERS[name](*rest), PASS_CONFIGS.get(name)) for name, *rest in missing]
-        with ThreadPoolExecutor(_workers(missing)) as pool:
-            built = list(pool.map(_compile, functions))
-        _compiled.update(zip(missing, built, strict=True))
-        for key in fresh:
-            mark = _mark(key)
-            mark.parent.mkdir(parents=True, exist_ok=True)
-            mark.touch()
+        missing = [key for key in dict.fromkeys(needed) if key not in _functions]
+        fresh = [key for key in missing if not _library(key).exists()]
+        if fresh:
+            _compile_all(fresh)
+        for key in missing:
+            if key not in _functions and _library(key).exists():
+                _functions[key] = load_module(str(_library(key))).get_function("main", query_imports=True)
+            elif key not in _functions:
+                _compile(key)
 
 
-def _workers(keys: list[tuple]) -> int:
-    return min(len(keys), len(os.sched_getaffinity(0)))
+def launcher(key: tuple):
+    """The function that launches the kernel of a specialisation, without the Python that tilelang wraps around it.
+
+    That Python (5 µs a call) makes outputs, of which our kernels return none. The function itself checks the number,
+    dtypes, shapes, strides and device of its arguments, and takes the current stream of the tensors' device.
+    """
+    load([key])
+    return _functions[key]
 
 
-def _mark(key: tuple) -> Path:
-    """A file beside the cache that says that these sources have been compiled into it."""
+def kernel(key: tuple):
+    """A specialisation as tilelang compiles it, or finds it in its own cache: with sources, for a look at it."""
+    logging.getLogger("tilelang").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", "Non-empty msg", UserWarning)  # the assertions of `boundaries`
+    name, *options = key
+    return tilelang.compile(MAKERS[name](*options), target=TARGET, pass_configs=PASS_CONFIGS.get(name))
+
+
+def _library(key: tuple) -> Path:
+    """Where what these sources make of the key lies, compiled: nothing has to be traced to find it."""
     text = repr((key, tilelang.__version__, _sources()))
-    return Path(tilelang.env.TILELANG_CACHE_DIR) / "qlakernels" / hashlib.sha256(text.encode()).hexdigest()
+    return Path(tilelang.env.TILELANG_CACHE_DIR) / "qlakernels" / f"{hashlib.sha256(text.encode()).hexdigest()}.so"
 
 
 @cache
@@ -133,46 +143,43 @@ def _sources() -> str:
     return digest.hexdigest()
 
 
-def _compile_in_processes(keys: list[tuple]) -> None:
-    """Into the disk cache, a process each: half of a compilation is Python and holds its lock."""
-    variables = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-
-    def compile_one(key: tuple) -> None:
-        command = [sys.executable, "-m", __name__, json.dumps(key)]
-        done = subprocess.run(command, env=variables, capture_output=True, text=True)
-        if done.returncode:
-            lines = done.stderr.strip().splitlines() or ["no message"]
-            raise RuntimeError(f"the kernel {key} does not compile: {lines[-1]}")
-
-    with ThreadPoolExecutor(_workers(keys)) as pool:
-        done = pool.map(compile_one, keys)
-        list(tqdm(done, "compiling Hopper kernels", len(keys), delay=2.0, unit="kernel"))
-
-
-def _compile(made):
-    function, pass_configs = made
-    logging.getLogger("tilelang").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", "Non-empty msg", UserWarning)  # the assertions of `boundaries`
-    return tilelang.compile(function, target=TARGET, pass_configs=pass_configs)
+def _compile_all(keys: list[tuple]) -> None:
+    """One kernel here, the others in processes, as half of a compilation is Python and holds its lock."""
+    keys = sorted(keys, key=lambda key: key[0] != SLOWEST)
+    aside = keys[1:] if tilelang.env.is_cache_enabled() and sys.executable else []
+    here = keys[: len(keys) - len(aside)]
+    with (
+        ThreadPoolExecutor(min(len(keys), len(os.sched_getaffinity(0)))) as pool,
+        tqdm(desc="compiling Hopper kernels", total=len(keys), delay=2.0, unit="kernel") as progress,
+    ):
+        done = [pool.submit(_compile_in_process, key) for key in aside] + [pool.submit(_compile, key) for key in here]
+        for future in as_completed(done):
+            future.result()
+            progress.update()
 
 
-def kernel(key: tuple):
-    """The compiled kernel of a specialisation."""
-    if key not in _compiled:
-        load([key])
-    return _compiled[key]
-
-
-def launcher(key: tuple):
-    """The function that launches the kernel of a specialisation, without the Python that tilelang wraps around it.
-
-    That Python (5 µs a call) makes outputs, of which our kernels return none. The function itself checks the number,
-    dtypes, shapes, strides and device of its arguments, and takes the current stream of the tensors' device.
-    """
-    executable = kernel(key).adapter.get_exportable_executable()
+def _compile(key: tuple) -> None:
+    compiled = kernel(key)
+    executable = compiled.adapter.get_exportable_executable()
     module = executable.jit() if isinstance(executable, Executable) else executable  # just compiled, or from the cache
-    return module.get_function("main", query_imports=True)
+    _functions[key] = module.get_function("main", query_imports=True)
+    cached = Path(getattr(compiled, "_tilelang_cache_path", ""), "executable.so")
+    if cached.is_file():
+        library = _library(key)
+        library.parent.mkdir(parents=True, exist_ok=True)
+        aside = library.with_suffix(f".{os.getpid()}")
+        aside.write_bytes(cached.read_bytes())
+        aside.replace(library)
+
+
+def _compile_in_process(key: tuple) -> None:
+    variables = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command = [sys.executable, "-m", __name__, json.dumps(key)]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or ["no message"]
+        raise RuntimeError(f"the kernel {key} does not compile: {lines[-1]}")
 
 
 if __name__ == "__main__":
-    load([tuple(json.loads(sys.argv[1]))])
+    _compile(tuple(json.loads(sys.argv[1])))
