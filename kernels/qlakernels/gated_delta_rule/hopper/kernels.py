@@ -152,7 +152,8 @@ def _compile_all(keys: list[tuple]) -> None:
         ThreadPoolExecutor(min(len(keys), len(os.sched_getaffinity(0)))) as pool,
         tqdm(desc="compiling Hopper kernels", total=len(keys), delay=2.0, unit="kernel") as progress,
     ):
-        done = [pool.submit(_compile_in_process, key) for key in aside] + [pool.submit(_compile, key) for key in here]
+        done = [pool.submit(_compile_in_process, key) for key in aside]
+        done += [pool.submit(_compile_here, key) for key in here]
         for future in as_completed(done):
             future.result()
             progress.update()
@@ -170,6 +171,13 @@ def _compile(key: tuple) -> None:
         aside = library.with_suffix(f".{os.getpid()}")
         aside.write_bytes(cached.read_bytes())
         aside.replace(library)
+
+
+def _compile_here(key: tuple) -> None:
+    try:
+        _compile(key)
+    except Exception as error:
+        raise RuntimeError(f"the kernel {key} does not compile: {type(error).__name__}: {error}") from error
 
 
 def _compile_in_process(key: tuple) -> None:
