@@ -8,14 +8,29 @@ import tilelang
 import tilelang.language as T
 
 
-def compile_for_cpu(maker, *arguments, monkeypatch):
-    """The kernel of `maker(*arguments)`: called with CPU tensors, as on a GPU."""
+@T.macro
+def _sum_of_rows(x, sums, dim):
+    for j in T.serial(sums.shape[0]):
+        sums[j] = 0.0
+        for i in T.serial(x.shape[0]):
+            sums[j] += x[i, j]
+
+
+def compile_for_cpu(maker, *arguments, monkeypatch, sizes=None):
+    """The kernel of `maker(*arguments)`: called with CPU tensors, as on a GPU.
+
+    sizes: fixed ones by name, in place of dynamic ones that are not the whole length of anything.
+    """
+    dynamic, sizes = T.dynamic, sizes or {}
     stand_ins = {
         "alloc_fragment": T.alloc_local,
         "alloc_shared": T.alloc_local,
         "Parallel": T.grid,
         "StridedTensor": lambda shape, strides, dtype: T.Tensor(shape, dtype),
         "get_thread_binding": lambda: 0,
+        "dynamic": lambda name: sizes.get(name) or dynamic(name),
+        "import_source": lambda _: None,
+        "reduce_sum": _sum_of_rows,
         "device_assert": lambda *_, **__: None,
         "abs": lambda x: T.max(x, -x),
         "log1p": lambda x: T.call_pure_extern("float32", "log1pf", x),

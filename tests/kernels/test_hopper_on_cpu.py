@@ -1,15 +1,18 @@
 """The arithmetic of the simple Hopper kernels, run on the CPU."""
 
+import math
 import shutil
 
 import pytest
+import tilelang.language as T
 import torch
 import torch.nn.functional as F
 from on_cpu import compile_for_cpu
 
-from qlakernels.gated_delta_rule.hopper import boundaries
+from qlakernels.gated_delta_rule.hopper import boundaries, reach
 from qlakernels.gated_delta_rule.hopper.boundaries import boundaries_kernel
 from qlakernels.gated_delta_rule.hopper.gate_gradients import TOKENS, WIDTH, gate_gradients_kernel
+from qlakernels.gated_delta_rule.hopper.reach import decay_kernel
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="kernels for the CPU need g++")
 NAN = float("nan")
@@ -61,3 +64,31 @@ def test_order_of_documents(most, monkeypatch):
         if len(lengths) <= most:
             expected = sorted(expected, key=lambda n: -lengths[n])
         assert order.tolist() == list(expected)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_bounds_of_what_chunks_leave(inside, monkeypatch):
+    """Of each document's own chunks, at the slots that are theirs."""
+    monkeypatch.setattr(reach, "log2", T.log2)
+    lengths, heads = [70, 0, 1, 200, 64], 19
+    options, sizes = (inside, inside, "float32", "float32"), {"documents": len(lengths)}
+    kernel = compile_for_cpu(decay_kernel, *options, monkeypatch=monkeypatch, sizes=sizes)
+    random = torch.Generator().manual_seed(0)
+    g, beta = (torch.randn(sum(lengths), heads, generator=random) for _ in range(2))
+    A_log, dt_bias = (torch.randn(heads, generator=random) for _ in range(2))
+    if not inside:
+        g, beta = -g.abs(), 3 * beta.sigmoid()
+        g[5, 3] = -1e30  # one decay that float32 cannot tell from zero
+    cu_seqlens = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int()
+    bounds = torch.full((sum(lengths) // 64 + len(lengths), heads), NAN)
+    kernel(g, beta, A_log, dt_bias, cu_seqlens, bounds, 3.0, 3)
+
+    log, step = g.double(), beta.double()
+    if inside:
+        log = -A_log.double().exp() * F.softplus(log + dt_bias.double())
+        step = 3 * step.sigmoid()
+    log = log.clamp(min=reach.LEAST_DECAY) / math.log(2) + (1 - step).abs().clamp(min=1).log2()
+    for n, length in enumerate(lengths):
+        first = int(cu_seqlens[n])
+        for c, chunk in enumerate(log[first : first + length].split(64) if length else ()):
+            torch.testing.assert_close(bounds[first // 64 + n + c].double(), chunk.sum(0), rtol=1e-5, atol=1e-4)
