@@ -42,7 +42,7 @@ class Stopwatch:
 
     def __init__(self, device: torch.device):
         self._on_gpu = device.type == "cuda"
-        self._leads: dict[int, float] = {}  # of a candidate, by its id: seconds
+        self._leads: dict[Steps, float] = {}  # seconds
         if self._on_gpu:
             self._flushed = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
             self._flushed.zero_()
@@ -73,14 +73,14 @@ class Stopwatch:
             start, end = _events()
             if before is not None:
                 before()
-            for _ in range(1 + math.ceil(self._leads.get(id(steps), 0.0) / self._flush_seconds)):
+            for _ in range(1 + math.ceil(self._leads.get(steps, 0.0) / self._flush_seconds)):
                 self._flushed.zero_()
             start.record()
             began = time.perf_counter()
             timed()
             seconds = time.perf_counter() - began
             end.record()
-            self._leads[id(steps)] = min(LEAD * seconds, MOST_LEAD_SECONDS)
+            self._leads[steps] = min(LEAD * seconds, MOST_LEAD_SECONDS)
             spans.append((start, end, 1e3 * seconds))
         torch.cuda.synchronize()
         return [(start.elapsed_time(end), host) for start, end, host in spans]

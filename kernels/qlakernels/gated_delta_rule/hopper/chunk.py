@@ -50,6 +50,16 @@ FAR = 80.0  # powers of two: decay over a chunk up to which it can be taken out 
 ABBREVIATION = {"bfloat16": "bf16", "float16": "fp16"}
 
 
+def softplus(y):
+    """Without overflow, and without loss where it is small."""
+    return T.max(y, 0.0) + T.log1p(T.exp(-T.abs(y)))
+
+
+def sigmoid_of(x, factor):
+    """factor σ(x)"""
+    return factor / (1.0 + T.exp(-x))
+
+
 @T.macro
 def load_gates(raw, g, beta, first, size, head, lane):
     """raw [4] ← the gates of tokens `lane` and `lane` + 32 of the chunk at token `first`, and their step sizes; 0 for
@@ -70,12 +80,10 @@ def make_gates(vec, stage, lane, raw, other, rate, bias, size, beta_factor, gate
         token = half * 32 + lane
         if gate:
             y = raw[half] + bias
-            # softplus, without overflow and without loss where it is small
-            soft = T.max(y, 0.0) + T.log1p(T.exp(-T.abs(y)))
-            raw[half] = T.if_then_else(token < size, rate * soft, 0.0)
+            raw[half] = T.if_then_else(token < size, rate * softplus(y), 0.0)
         raw[half] = T.max(raw[half], LEAST_DECAY)
         if sigmoid:
-            raw[2 + half] = T.if_then_else(token < size, beta_factor / (1.0 + T.exp(-raw[2 + half])), 0.0)
+            raw[2 + half] = T.if_then_else(token < size, sigmoid_of(raw[2 + half], beta_factor), 0.0)
         for step in T.unroll(5):
             other[0] = T.shfl_up(raw[half], 1 << step)
             if lane >= 1 << step:

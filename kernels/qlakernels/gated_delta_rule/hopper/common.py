@@ -104,19 +104,24 @@ def locate(cu_seqlens, documents, slot, steps, stride, place):
     place[BASE] = place[2] // CHUNK + place[0] + place[1] * (stride // CHUNK)
 
 
-LENGTH, OPENS, CLOSES = 1, 2, 6  # what `take_turn` leaves in `place` besides
+LENGTH, OPENS, CLOSES = 1, 2, 6  # what `take_segment` leaves in `place` besides
+
+
+@T.macro
+def take_segment(cu_seqlens, documents, turn, segment, steps, place):
+    """A slot of `segment` tokens: as `locate`, and place[LENGTH] ← its tokens, perhaps none, place[OPENS] and
+    place[CLOSES] ← whether its document begins and ends with it. place is a local int32 [7]."""
+    locate(cu_seqlens, documents, turn, steps, segment, place)
+    place[LENGTH] = T.max(0, T.min(segment, place[LEFT]))
+    place[OPENS] = T.cast(place[FIRST] == cu_seqlens[place[0]], "int32")
+    place[CLOSES] = T.cast(place[LEFT] <= segment and place[LENGTH] + place[OPENS] > 0, "int32")
 
 
 @T.macro
 def take_turn(cu_seqlens, order, documents, turn, in_segments, segment, steps, place):
-    """What a scan's block takes: a document, the longest first, or `in_segments` one slot of `segment` tokens. As
-    `locate`, and place[LENGTH] ← its tokens, perhaps none, place[OPENS] and place[CLOSES] ← whether its document
-    begins and ends with it. place is a local int32 [7]."""
+    """What a scan's block takes: a document, the longest first, or `in_segments` one slot, as `take_segment`."""
     if in_segments:
-        locate(cu_seqlens, documents, turn, steps, segment, place)
-        place[LENGTH] = T.max(0, T.min(segment, place[LEFT]))
-        place[OPENS] = T.cast(place[FIRST] == cu_seqlens[place[0]], "int32")
-        place[CLOSES] = T.cast(place[LEFT] <= segment and place[LENGTH] + place[OPENS] > 0, "int32")
+        take_segment(cu_seqlens, documents, turn, segment, steps, place)
     else:
         place[0] = order[turn]
         place[FIRST] = cu_seqlens[place[0]]
@@ -172,6 +177,18 @@ def load_tail_of(tile, source, first, head, column, left, width):
     for row in T.serial(CHUNK):
         for j in T.Parallel(width):
             tile[row, j] = T.if_then_else(row < left, source[first + row, head, column + j], 0)
+
+
+@T.macro
+def bring(tile, stage, source, first, head, left, width, full):
+    """tile[stage] ← rows `first` and onwards of source[:, head], of which `left` exist, else 0; full[stage] says when
+    it is there. By a warp."""
+    if left >= CHUNK:
+        T.tma_copy(source[first : first + CHUNK, head, :], tile[stage, :, :], barrier=full[stage])
+    else:
+        load_tail(tile, stage, source, first, head, 0, left, width)
+        release_tiles()
+    arrive(full, stage)
 
 
 def state_layout(tile):

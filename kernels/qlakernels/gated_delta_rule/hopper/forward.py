@@ -56,8 +56,8 @@ from qlakernels.gated_delta_rule.hopper.common import (
     PRELUDE,
     STATE_STRIDE,
     arrive,
+    bring,
     folds_decay,
-    load_tail,
     load_tail_of,
     release_tiles,
     state_layout,
@@ -71,8 +71,7 @@ REGISTERS = {1: (216, 168, 120), 2: (192, 88, 40)}
 
 
 def forward_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_dtype, beta_dtype, keep):
-    """`part`: rows of V a block takes, 64 or 128. `keep`: write
-    W and the states that the backward needs."""
+    """`part`: rows of V a block takes, 64 or 128. `keep`: write W and the states that the backward needs."""
     C = CHUNK
     K, V = key_dim, value_dim
     warpgroups = part // 64
@@ -310,21 +309,9 @@ def forward_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
                         wait(k_empty, stage, (c // STAGES + 1) % 2)
                         first = start + c * C
                         left_rows = length - c * C
-                        if left_rows >= C:
-                            T.tma_copy(k[first : first + C, group, :], k_s[stage, :, :], barrier=k_full[stage])
-                        else:
-                            load_tail(k_s, stage, k, first, group, 0, left_rows, K)
-                            release_tiles()
-                        arrive(k_full, stage)
+                        bring(k_s, stage, k, first, group, left_rows, K, k_full)
                         wait(q_empty, c % Q_STAGES, (c // Q_STAGES + 1) % 2)
-                        if left_rows >= C:
-                            T.tma_copy(
-                                q[first : first + C, group, :], q_s[c % Q_STAGES, :, :], barrier=q_full[c % Q_STAGES]
-                            )
-                        else:
-                            load_tail(q_s, c % Q_STAGES, q, first, group, 0, left_rows, K)
-                            release_tiles()
-                        arrive(q_full, c % Q_STAGES)
+                        bring(q_s, c % Q_STAGES, q, first, group, left_rows, K, q_full)
                         wait(v_empty, 0, (c + 1) % 2)
                         columns = p * part
                         if left_rows >= C:

@@ -210,7 +210,7 @@ def _heard(cu_seqlens, tokens):
 
 
 def _enter_segments(launch, plan, reverse, q, k, x, g, beta, A_log, dt_bias, cu, first_state, options, steps):
-    """What enters each segment, [cuts, Hv, V, K] in float32; x: v, or dO. None where nothing is cut.
+    """What enters each segment, [cuts, Hv, V, K] in float32; x: v, or dO. Empty where nothing is cut.
 
     first_state [documents or 0, Hv, K, V]: what enters the documents.
     """

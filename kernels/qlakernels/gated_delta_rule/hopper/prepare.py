@@ -29,9 +29,9 @@ from qlakernels.gated_delta_rule.hopper.common import (
     LENGTH,
     PRELUDE,
     arrive,
-    load_tail,
+    bring,
     release_tiles,
-    take_turn,
+    take_segment,
     wait,
 )
 
@@ -94,7 +94,7 @@ def prepare_kernel(key_dim, dtype, l2norm, gate, sigmoid, raw_dtype, beta_dtype,
             reached = reaches[turn, head]
             if lane < reached:
                 place = T.alloc_local((7,), "int32")
-                take_turn(cu_seqlens, cu_seqlens, documents, turn, True, segment, steps, place)
+                take_segment(cu_seqlens, documents, turn, segment, steps, place)
                 group = T.alloc_var("int32")
                 group = head // ratio
                 chunks = T.alloc_var("int32")
@@ -127,19 +127,9 @@ def prepare_kernel(key_dim, dtype, l2norm, gate, sigmoid, raw_dtype, beta_dtype,
                         T.tma_store_wait(0)
                     else:
                         if thread < 160:
-                            if size >= C:
-                                T.tma_copy(k[first : first + C, group, :], k_s[0, :, :], barrier=k_full[0])
-                            else:
-                                load_tail(k_s, 0, k, first, group, 0, size, K)
-                                release_tiles()
-                            arrive(k_full, 0)
+                            bring(k_s, 0, k, first, group, size, K, k_full)
                             if reverse:
-                                if size >= C:
-                                    T.tma_copy(q[first : first + C, group, :], q_s[0, :, :], barrier=q_full[0])
-                                else:
-                                    load_tail(q_s, 0, q, first, group, 0, size, K)
-                                    release_tiles()
-                                arrive(q_full, 0)
+                                bring(q_s, 0, q, first, group, size, K, q_full)
                         elif thread < 192:
                             rate = T.alloc_var("float32", init=0.0)
                             bias = T.alloc_var("float32", init=0.0)

@@ -9,23 +9,24 @@ Keys that are not normalised have no such bound: all of the segment is wanted.
 
 import tilelang.language as T
 
-from qlakernels.gated_delta_rule.hopper.chunk import LEAST_DECAY
+from qlakernels.gated_delta_rule.hopper.chunk import LEAST_DECAY, sigmoid_of, softplus
 from qlakernels.gated_delta_rule.hopper.common import (
     BASE,
     CHUNK,
     CLOSES,
+    FIRST,
+    LEFT,
     LENGTH,
     LOG2E,
     OPENS,
     PRELUDE,
-    find_document,
+    locate,
     log2,
-    take_turn,
+    take_segment,
 )
 
 BEYOND = 192.0  # powers of two
 WIDTH = 16  # heads of a block
-PARTS = 8  # of a block's sum over tokens, added up side by side
 
 
 def decay_kernel(gate, sigmoid, raw_dtype, beta_dtype):
@@ -49,12 +50,12 @@ def decay_kernel(gate, sigmoid, raw_dtype, beta_dtype):
             x = T.alloc_fragment((C, WIDTH), "float32")
             y = T.alloc_fragment((C, WIDTH), "float32")
             sums = T.alloc_fragment((WIDTH,), "float32")
-            place = T.alloc_local((3,), "int32")
-            find_document(cu_seqlens, documents, slot, steps, C, place)
+            place = T.alloc_local((6,), "int32")
+            locate(cu_seqlens, documents, slot, steps, C, place)
             first = T.alloc_var("int32")
             size = T.alloc_var("int32")
-            first = cu_seqlens[place[0]] + (slot - cu_seqlens[place[0]] // C - place[0]) * C
-            size = cu_seqlens[place[0] + 1] - first
+            first = place[FIRST]
+            size = place[LEFT]
             head = part * WIDTH
             for i, j in T.Parallel(C, WIDTH):
                 there = i < size and head + j < heads
@@ -64,12 +65,12 @@ def decay_kernel(gate, sigmoid, raw_dtype, beta_dtype):
                 for i, j in T.Parallel(C, WIDTH):
                     x[i, j] += T.if_then_else(head + j < heads, dt_bias[head + j], 0.0)
                 for i, j in T.Parallel(C, WIDTH):
-                    x[i, j] = T.max(x[i, j], 0.0) + T.log1p(T.exp(-T.abs(x[i, j])))
+                    x[i, j] = softplus(x[i, j])
                 for i, j in T.Parallel(C, WIDTH):
                     x[i, j] *= T.if_then_else(i < size and head + j < heads, -T.exp(A_log[head + j]), 0.0)
             if sigmoid:
                 for i, j in T.Parallel(C, WIDTH):
-                    y[i, j] = T.if_then_else(i < size, beta_factor / (1.0 + T.exp(-y[i, j])), 0.0)
+                    y[i, j] = T.if_then_else(i < size, sigmoid_of(y[i, j], beta_factor), 0.0)
             for i, j in T.Parallel(C, WIDTH):
                 x[i, j] = T.max(x[i, j], LEAST_DECAY) * LOG2E + log2(T.max(T.abs(1.0 - y[i, j]), 1.0))
             T.reduce_sum(x, sums, dim=0)
@@ -102,7 +103,7 @@ def reach_kernel(known):
             place = T.alloc_local((7,), "int32")
             found = T.alloc_local((1,), "int32")
             x, total, other = (T.alloc_local((1,), "float32") for _ in range(3))
-            take_turn(cu_seqlens, cu_seqlens, documents, turn, True, segment, steps, place)
+            take_segment(cu_seqlens, documents, turn, segment, steps, place)
             chunks = T.ceildiv(place[LENGTH], CHUNK)
             found[0] = chunks + 1
             if known:

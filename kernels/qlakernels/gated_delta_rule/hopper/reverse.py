@@ -46,7 +46,7 @@ from qlakernels.gated_delta_rule.hopper.common import (
     OPENS,
     PRELUDE,
     arrive,
-    load_tail,
+    bring,
     load_tail_of,
     release_tiles,
     state_layout,
@@ -267,23 +267,9 @@ def reverse_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
                         wait(k_empty, stage, (step // STAGES + 1) % 2)
                         first = start + c * C
                         left_rows = length - c * C
-                        if left_rows >= C:
-                            T.tma_copy(k[first : first + C, group, :], k_s[stage, :, :], barrier=k_full[stage])
-                        else:
-                            load_tail(k_s, stage, k, first, group, 0, left_rows, K)
-                            release_tiles()
-                        arrive(k_full, stage)
+                        bring(k_s, stage, k, first, group, left_rows, K, k_full)
                         wait(q_empty, step % Q_STAGES, (step // Q_STAGES + 1) % 2)
-                        if left_rows >= C:
-                            T.tma_copy(
-                                q[first : first + C, group, :],
-                                q_s[step % Q_STAGES, :, :],
-                                barrier=q_full[step % Q_STAGES],
-                            )
-                        else:
-                            load_tail(q_s, step % Q_STAGES, q, first, group, 0, left_rows, K)
-                            release_tiles()
-                        arrive(q_full, step % Q_STAGES)
+                        bring(q_s, step % Q_STAGES, q, first, group, left_rows, K, q_full)
                         wait(do_empty, 0, (step + 1) % 2)
                         columns = p * part
                         if left_rows >= C:

@@ -5,8 +5,8 @@ one. `segments` finds N, by a scan that begins at zero, and M, by one of the col
 `stitch` goes from segment to segment and leaves the state that enters each, where `forward` and `reverse` begin. Of a
 segment they see what `reach` found to be wanted, which for most heads is a small part and no M.
 
-A block of `segments` takes `part` columns of N or of M, [part, K] in registers, 64 to each of its consumer warpgroups;
-one warp brings the tiles and what `prepare` has made. M is handed on as the sum of two bfloat16 matrices, [column, K].
+A block of `segments` takes 64 columns of N or of M, [64, K] in the registers of its one consumer warpgroup; a warp of
+the other brings the tiles and what `prepare` has made. M is handed on as the sum of two bfloat16 matrices, [column, K].
 Shared memory (K = 128, 64 columns): k, v, N and vectors 35 KB a stage, 105 KB; in reverse, with q and P, two stages and
 one of dO, 110 KB: two blocks a multiprocessor.
 """
@@ -33,7 +33,7 @@ from qlakernels.gated_delta_rule.hopper.common import (
     folds_decay,
     load_tail,
     release_tiles,
-    take_turn,
+    take_segment,
     transposed_accumulator,
     wait,
 )
@@ -98,7 +98,7 @@ def segments_kernel(key_dim, value_dim, dtype, reverse):
             reached = reaches[turn, head]
             if reached > 0:
                 place = T.alloc_local((7,), "int32")
-                take_turn(cu_seqlens, cu_seqlens, documents, turn, True, segment, steps, place)
+                take_segment(cu_seqlens, documents, turn, segment, steps, place)
                 group = T.alloc_var("int32")
                 group = head // ratio
                 start = T.alloc_var("int32")
