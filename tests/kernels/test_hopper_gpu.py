@@ -47,13 +47,13 @@ HEAD_SIZES = [(key_dim, value_dim) for key_dim in (64, 96, 128) for value_dim in
 # ---------------------------------------------------------------- shapes
 
 
-def plan_of(monkeypatch, part=None, segment=0):
-    """Makes calls take blocks of `part` rows of V, and segments of so many tokens."""
+def plan_of(monkeypatch, part=None, segment=0, section=None):
+    """Makes calls take blocks of `part` rows of V, and segments and sections of so many tokens."""
 
     def plan(q, cu_seqlens, heads, value_dim):
         documents, (batch, tokens) = operator._documents(q, cu_seqlens), q.shape[:2]
         turns = batch * tokens // segment + documents if segment else documents
-        return operator.Plan(min(part or 128, rows_of_many_scans(value_dim)), segment, turns)
+        return operator.Plan(min(part or 128, rows_of_many_scans(value_dim)), turns, segment, section or segment)
 
     monkeypatch.setattr(operator, "_plan", plan)
 
@@ -361,11 +361,11 @@ def test_few_distinct_keys(beta, g):
     check(make_inputs(1000, keys="few", beta=beta, g=g), "few keys" if beta == 1.98 else "similar keys")
 
 
-@pytest.mark.parametrize("segment", [256, 512, 1024])
+@pytest.mark.parametrize(("segment", "section"), [(256, 256), (512, 256), (768, 256), (1024, 512), (1024, 1024)])
 @pytest.mark.parametrize("g", [0.0, -1e-3, "slow", "random", "mixed", -20.0])
-def test_segments(g, segment, monkeypatch):
+def test_segments(g, segment, section, monkeypatch):
     """Cut where they would not be: documents that fill segments, and just do not, or have one token in the last."""
-    plan_of(monkeypatch, segment=segment)
+    plan_of(monkeypatch, segment=segment, section=section)
     lengths = [1, 512, 0, 513, 1024, 1023, 1300, 2049, 63]
     bars = "no decay" if g == 0.0 else "ordinary"
     check(make_inputs(lengths=lengths, g=g, beta="half"), bars, lengths=lengths, **L2NORM)
@@ -373,7 +373,7 @@ def test_segments(g, segment, monkeypatch):
 
 @pytest.mark.parametrize("state", [False, True], ids=["no state", "state"])
 def test_segments_of_a_batch(state, monkeypatch):
-    plan_of(monkeypatch, segment=256)
+    plan_of(monkeypatch, segment=512, section=256)
     check(raw_inputs(tokens=1000, batch=3, state=state, decay=0.02), **ALL_OPTIONS)
 
 
@@ -383,20 +383,21 @@ def test_segments_of_keys_of_any_length(monkeypatch):
     check(make_inputs(1000, keys="long", beta="half", g=-1.0))
 
 
+@pytest.mark.parametrize("section", [512, 256, 128])
 @pytest.mark.parametrize("reverse", [0, 1])
 @pytest.mark.parametrize("entered", [0, 1])
-def test_reach(reverse, entered):
-    """What a segment's scan has to see, against sums in float64."""
+def test_reach(reverse, entered, section):
+    """What has to be seen of each section for what leaves its segment, against sums in float64."""
     segment, heads, lengths = 512, 20, [1300, 0, 70, 512, 2048, 513]
     inputs = with_raw_gates(make_inputs(lengths=lengths, key_heads=heads, value_heads=heads), decay=0.3)
     g, beta = inputs["g"][0], inputs["beta"][0]
     cu = boundaries(lengths)
-    slots, cuts, steps = sum(lengths) // 64 + len(lengths), sum(lengths) // segment + len(lengths), 3
+    slots, cuts, steps = sum(lengths) // 64 + len(lengths), sum(lengths) // section + len(lengths), 3
     bounds = torch.full((slots, heads), float("nan"), device=hopper_helpers.DEVICE)
     reaches = torch.full((cuts, heads), -1, dtype=torch.int32, device=hopper_helpers.DEVICE)
     decay = launcher(("decay", True, True, str(g.dtype)[6:], str(beta.dtype)[6:]))
     decay(g, beta, inputs["A_log"], inputs["dt_bias"], cu, bounds, 3.0, steps)
-    launcher(("reach", True))(cu, bounds, reaches, segment, steps, entered, reverse)
+    launcher(("reach", True))(cu, bounds, reaches, segment, section, steps, entered, reverse)
 
     step_size = 3 * torch.sigmoid(beta.double())
     log = -inputs["A_log"].double().exp() * F.softplus(g.double() + inputs["dt_bias"].double())
@@ -417,11 +418,18 @@ def test_reach(reverse, entered):
             found = (sums >= -BEYOND).sum(0) + 1  # sums descend
             opens = s == (len(parts) - 1 if reverse else 0)
             found = found.clamp(max=len(part) + (1 if entered or not opens else 0))
-            expected[first // segment + n + s] = found
+            places = range(0, len(part), section // 64)
+            passed = 0
+            for i in reversed(places) if not reverse else places:
+                mine = min(section // 64, len(part) - i)
+                expected[first // section + n + (s * segment) // section + i * 64 // section] = (found - passed).clamp(
+                    0, mine + 1
+                )
+                passed += mine
         first += length
     written = exact != 0
     torch.testing.assert_close(bounds[written], exact[written], rtol=1e-4, atol=1e-2)
-    assert (reaches >= 0).all() and reaches.unique().numel() > 4
+    assert (reaches >= 0).all() and reaches.unique().numel() >= min(5, section // 64 + 2)
     assert ((reaches - expected).abs() <= ((expected > 0) & (reaches > 0)).int()).all()  # one on the edge
 
 

@@ -18,8 +18,8 @@ OUTPUTS = {  # of each kernel: the places of its outputs among its arguments
     "reach": [2],
     **dict.fromkeys(("prepare", "prepare_reverse"), range(8, 11)),
     **dict.fromkeys(("segments", "segments_reverse"), range(8, 10)),
-    "stitch": [3],
-    "stitch_reverse": [3],
+    "stitch": [4],
+    "stitch_reverse": [4],
     "forward": range(10, 15),
     "reverse": range(10, 15),
     "gradients": range(11, 16),
@@ -108,19 +108,20 @@ def test_launches_of_segments(l2norm, launches, monkeypatch):
 @pytest.mark.parametrize(
     ("shape", "documents", "plan"),
     [
-        ((8, 4096, 32, 128), None, (128, 0, 8)),  # enough rows
-        ((8, 4096, 32, 64), None, (64, 0, 8)),
-        ((1, 32768, 32, 128), None, (128, 8192, 5)),
-        ((1, 32768, 8, 128), None, (128, 2048, 17)),
-        ((1, 32768, 8, 256), None, (128, 4096, 9)),  # two blocks to a head
-        ((2, 8192, 32, 128), None, (64, 0, 2)),  # two segments are too few
-        ((2, 8192, 8, 128), None, (128, 1024, 18)),
-        ((1, 1024, 8, 128), None, (64, 0, 1)),
-        ((1, 1025, 8, 128), None, (128, 1024, 2)),
-        ((1, 32768, 32, 128), 16, (128, 0, 16)),  # enough documents, whatever their lengths
-        ((1, 32768, 32, 128), 2, (128, 8192, 6)),  # one of them may be nearly all
-        ((1, 32768, 8, 128), 16, (128, 2048, 32)),
-        ((1, 32768, 8, 128), 100, (128, 0, 100)),
+        ((8, 4096, 32, 128), None, (128, 8, 0, 0)),  # enough rows
+        ((8, 4096, 32, 64), None, (64, 8, 0, 0)),
+        ((1, 32768, 32, 128), None, (128, 5, 8192, 2048)),
+        ((1, 32768, 8, 128), None, (128, 17, 2048, 2048)),
+        ((1, 32768, 8, 256), None, (128, 9, 4096, 2048)),  # two blocks to a head
+        ((1, 2**20, 32, 128), None, (128, 5, 262144, 8192)),
+        ((2, 8192, 32, 128), None, (64, 2, 0, 0)),  # two segments are too few
+        ((2, 8192, 8, 128), None, (128, 18, 1024, 1024)),
+        ((1, 1024, 8, 128), None, (64, 1, 0, 0)),
+        ((1, 1025, 8, 128), None, (128, 2, 1024, 1024)),
+        ((1, 32768, 32, 128), 16, (128, 16, 0, 0)),  # enough documents, whatever their lengths
+        ((1, 32768, 32, 128), 2, (128, 6, 8192, 2048)),  # one of them may be nearly all
+        ((1, 32768, 8, 128), 16, (128, 32, 2048, 2048)),
+        ((1, 32768, 8, 128), 100, (128, 100, 0, 0)),
     ],
 )
 def test_plan(shape, documents, plan):

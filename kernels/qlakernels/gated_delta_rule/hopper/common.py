@@ -33,12 +33,18 @@ BETA_MIN = {"bfloat16": 2.0**-16, "float16": 2.0**-8}  # what W and dv are divid
 OMEGA_MIN = 2.0**-100
 LOG2E = 1.4426950408889634
 L2_EPS = 1e-6
+PIECE = 8  # elements of 16 bits in what is copied at once
 
 
 PRELUDE = """
 __device__ __forceinline__ void fence_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 __device__ __forceinline__ void fence_global() { asm volatile("fence.proxy.async;" ::: "memory"); }
 __device__ __forceinline__ void hold_memory() { asm volatile("" ::: "memory"); }
+__device__ __forceinline__ void copy_or_clear(void* shared, const void* global, int bytes) {
+  unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void await_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 __device__ __forceinline__ float fast_exp2(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -117,6 +123,12 @@ def take_segment(cu_seqlens, documents, turn, segment, steps, place):
     place[CLOSES] = T.cast(place[LEFT] <= segment and place[LENGTH] + place[OPENS] > 0, "int32")
 
 
+def section_of(cu_seqlens, document, token, section):
+    """The slot, of `section` tokens, that a token of the document lies in, which may be its last but one."""
+    first = cu_seqlens[document]
+    return first // section + document + (token - first) // section
+
+
 @T.macro
 def take_turn(cu_seqlens, order, documents, turn, in_segments, segment, steps, place):
     """What a scan's block takes: a document, the longest first, or `in_segments` one slot, as `take_segment`."""
@@ -163,20 +175,30 @@ def wait(barriers, index, parity):
 def load_tail(tile, stage, source, first, head, column, left, width):
     """tile[stage] ← rows `first` and onwards of source[:, head, column:column + width], of which `left` exist; else 0.
 
-    By a warp. Rows behind the end of a document belong to the next one: a product with them must not happen, as
-    0 · NaN is NaN.
+    By a warp, in pieces of 16 bytes that all are on their way at once; needs PRELUDE. stage None: of a tile [C, width].
+    Rows behind the end of a document belong to the next one: a product with them must not happen, as 0 · NaN is NaN.
+    Both indexes are clamped, since where one is out of bounds the copy would be left out, not cleared. The loop is not
+    unrolled: its addresses, 64 bits wide, would be kept through the loop over the chunks, and spill.
     """
-    for row in T.serial(CHUNK):
-        for j in T.Parallel(width):
-            tile[stage, row, j] = T.if_then_else(row < left, source[first + row, head, column + j], 0)
-
-
-@T.macro
-def load_tail_of(tile, source, first, head, column, left, width):
-    """As `load_tail`, for a tile of one stage."""
-    for row in T.serial(CHUNK):
-        for j in T.Parallel(width):
-            tile[row, j] = T.if_then_else(row < left, source[first + row, head, column + j], 0)
+    pieces = width // PIECE
+    for i in T.unroll(CHUNK * pieces // 32, unroll_factor=1):
+        piece = i * 32 + T.get_thread_binding() % 32
+        row = piece // pieces
+        at = piece % pieces * PIECE
+        there = row < left and column + at < source.shape[2]
+        T.call_extern(
+            "handle",
+            "copy_or_clear",
+            T.access_ptr(tile[row, at] if stage is None else tile[stage, row, at], "w", extent=PIECE),
+            T.access_ptr(
+                source[first + T.min(row, left - 1), head, T.min(column + at, source.shape[2] - PIECE)],
+                "r",
+                extent=PIECE,
+            ),
+            T.if_then_else(there, 16, 0),
+        )
+    T.call_extern("handle", "await_copies")
+    release_tiles()
 
 
 @T.macro
@@ -187,7 +209,6 @@ def bring(tile, stage, source, first, head, left, width, full):
         T.tma_copy(source[first : first + CHUNK, head, :], tile[stage, :, :], barrier=full[stage])
     else:
         load_tail(tile, stage, source, first, head, 0, left, width)
-        release_tiles()
     arrive(full, stage)
 
 

@@ -58,8 +58,9 @@ from qlakernels.gated_delta_rule.hopper.common import (
     arrive,
     bring,
     folds_decay,
-    load_tail_of,
+    load_tail,
     release_tiles,
+    section_of,
     state_layout,
     take_turn,
     transposed_accumulator,
@@ -108,12 +109,13 @@ def forward_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
         states: T.Tensor((kept, heads, V, K), dtype),
         first_states: T.Tensor((firsts, heads, V, K), dtype),
         final_state: T.Tensor((ends, heads, K, V), "float32"),
-        segment_states: T.Tensor((cuts, heads, V, K), "float32"),
+        section_states: T.Tensor((cuts, heads, V, K), "float32"),
         scale: T.float32,
         beta_factor: T.float32,
         ratio: T.int32,
         turns: T.int32,
         segment: T.int32,
+        section: T.int32,
         steps: T.int32,
     ):
         with T.Kernel(T.ceildiv(V, part), heads, turns, threads=threads) as (p, head, turn):
@@ -185,8 +187,10 @@ def forward_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
                 T.set_max_nreg(registers, 1)
                 columns = p * part
                 if cuts > 0:
+                    entered = T.alloc_var("int32")
+                    entered = T.min(section_of(cu_seqlens, document, start, section), cuts - 1)
                     for i, j in T.Parallel(part, K):
-                        S[i, j] = segment_states[turn, head, columns + i, j]
+                        S[i, j] = section_states[entered, head, columns + i, j]
                 elif starts > 0:
                     for i, j in T.Parallel(part, K):
                         S[i, j] = initial_state[document, head, j, columns + i]
@@ -317,8 +321,7 @@ def forward_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
                         if left_rows >= C:
                             T.tma_copy(v[first : first + C, head, columns : columns + part], v_s, barrier=v_full[0])
                         else:
-                            load_tail_of(v_s, v, first, head, columns, left_rows, part)
-                            release_tiles()
+                            load_tail(v_s, None, v, first, head, columns, left_rows, part)
                         arrive(v_full, 0)
                 elif thread < base + 64:
                     if keep and closes > 0:  # the place that no state of this document takes, if there is one

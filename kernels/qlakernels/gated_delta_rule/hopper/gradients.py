@@ -53,7 +53,6 @@ from qlakernels.gated_delta_rule.hopper.common import (
     arrive,
     folds_decay,
     load_tail,
-    load_tail_of,
     locate,
     release_tiles,
     wait,
@@ -512,7 +511,6 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
                                                 bring_rows(do, do_s, rows_full, rows, p, first, head, columns, left)
                                                 bring_rows(W, W_s, rows_full, rows, p, first, head, columns, left)
                                                 bring_rows(dv, dv_s, rows_full, rows, p, first, head, columns, left)
-                                        release_tiles()
                                         arrive(rows_full, rows % 2)
                                         rows += 1
                                         if load >= pairs * (sweeps - 1):
@@ -618,9 +616,8 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
                                     T.tma_copy(k[first : first + C, group, :], k_s, barrier=keys_full[0])
                                     T.tma_copy(q[first : first + C, group, :], q_s, barrier=keys_full[0])
                                 else:
-                                    load_tail_of(k_s, k, first, group, 0, left, K)
-                                    load_tail_of(q_s, q, first, group, 0, left, K)
-                                    release_tiles()
+                                    load_tail(k_s, None, k, first, group, 0, left, K)
+                                    load_tail(q_s, None, q, first, group, 0, left, K)
                                 arrive(keys_full, 0)
                                 chunk += 1
                                 for member in T.serial(ratio):

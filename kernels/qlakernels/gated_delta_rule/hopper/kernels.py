@@ -122,7 +122,7 @@ def launcher(key: tuple):
 
 def kernel(key: tuple):
     """A specialisation as tilelang compiles it, or finds it in its own cache: with sources, for a look at it."""
-    logging.getLogger("tilelang").setLevel(logging.WARNING)
+    logging.getLogger("tilelang").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", "Non-empty msg", UserWarning)  # the assertions of `boundaries`
     name, *options = key
     return tilelang.compile(MAKERS[name](*options), target=TARGET, pass_configs=PASS_CONFIGS.get(name))

@@ -26,6 +26,7 @@ from qlakernels.gated_delta_rule.hopper.kernels import launcher, load, rows_of_m
 
 LEAST_SEGMENT = 1024  # tokens; with shorter ones, or fewer to a document, the stitching costs more than it gains
 LEAST_CUTS = 3
+LEAST_SECTION = 2048  # a section more to stitch takes as long as 50 tokens of one to scan
 MOST_DOCUMENTS = 2**16 - 1  # blocks of a grid along its third side
 
 
@@ -144,13 +145,14 @@ def _multiprocessors(device: torch.device) -> int:
 class Plan(NamedTuple):
     """How the scans are shared out.
 
-    part: rows of V for a block. segment: tokens of a segment, 0 where documents are not cut. turns: documents or
-    segments, a block to each `part` and head.
+    part: rows of V for a block. turns: documents or segments, a block to each `part` and head. segment: tokens of a
+    segment, 0 where documents are not cut; section: tokens of the equal parts that it is stitched in.
     """
 
     part: int
-    segment: int
     turns: int
+    segment: int = 0
+    section: int = 0
 
     @property
     def cut(self) -> bool:
@@ -172,10 +174,13 @@ def _plan(q: torch.Tensor, cu_seqlens: torch.Tensor | None, heads: int, value_di
         segment = -(-longest * blocks // chip)
     elif documents * blocks * LEAST_CUTS <= chip:
         segment = -(-longest // (chip // (documents * blocks)))
-    segment = max(-(-segment // STATE_STRIDE) * STATE_STRIDE, LEAST_SEGMENT)
+    segment = max(segment, LEAST_SEGMENT)
+    sections = -(-segment // max(LEAST_SECTION, math.isqrt(64 * longest)))
+    section = -(-segment // (sections * STATE_STRIDE)) * STATE_STRIDE
+    segment = sections * section
     if segment >= longest:
-        return Plan(64 if documents * blocks * 2 <= chip else part, 0, documents)
-    return Plan(part, segment, rows * longest // segment + documents)
+        return Plan(64 if documents * blocks * 2 <= chip else part, documents)
+    return Plan(part, rows * longest // segment + documents, segment, section)
 
 
 def _documents(q, cu_seqlens) -> int:
@@ -210,31 +215,35 @@ def _heard(cu_seqlens, tokens):
 
 
 def _enter_segments(launch, plan, reverse, q, k, x, g, beta, A_log, dt_bias, cu, first_state, options, steps):
-    """What enters each segment, [cuts, Hv, V, K] in float32; x: v, or dO. Empty where nothing is cut.
+    """What enters each segment, at its first section (in reverse, its last), [cuts, Hv, V, K] in float32; x: v, or dO.
+    Empty where nothing is cut.
 
     first_state [documents or 0, Hv, K, V]: what enters the documents.
     """
     groups, key_dim = k.shape[1:]
     heads, value_dim = x.shape[1:]
     float32 = {"dtype": torch.float32}
-    states = q.new_empty(plan.turns if plan.cut else 0, heads, value_dim, key_dim, **float32)
+    documents = cu.numel() - 1
+    cuts = q.shape[0] // plan.section + documents if plan.cut else 0
+    states = q.new_empty(cuts, heads, value_dim, key_dim, **float32)
     if not plan.cut:
         return states
-    slots, _ = _sizes(q.shape[0], cu.numel() - 1)
+    slots, _ = _sizes(q.shape[0], documents)
     bounds = q.new_empty(slots, heads, **float32)
-    reaches = cu.new_empty(plan.turns, heads)
+    reaches = cu.new_empty(cuts, heads)
     N, P = (q.new_empty(n, heads, CHUNK, CHUNK) for n in (slots, slots if reverse else 0))
     vectors = q.new_empty(slots, heads, VECTORS, CHUNK, **float32)
-    maps = q.new_empty(plan.turns, heads, 2, key_dim, key_dim, dtype=torch.bfloat16)
+    maps = q.new_empty(cuts, heads, 2, key_dim, key_dim, dtype=torch.bfloat16)
     suffix = "_reverse" if reverse else ""
     if "decay" in launch:
         launch["decay"](g, beta, A_log, dt_bias, cu, bounds, options[1], steps)
-    launch["reach"](cu, bounds, reaches, plan.segment, steps, int(first_state.shape[0] > 0), int(reverse))
+    lengths = plan.segment, plan.section
+    launch["reach"](cu, bounds, reaches, *lengths, steps, int(first_state.shape[0] > 0), int(reverse))
     launch["prepare" + suffix](
-        q, k, g, beta, A_log, dt_bias, cu, reaches, N, P, vectors, *options, heads // groups, plan.segment, steps
+        q, k, g, beta, A_log, dt_bias, cu, reaches, N, P, vectors, *options, heads // groups, plan.section, steps
     )
-    launch["segments" + suffix](q, k, x, cu, reaches, N, P, vectors, states, maps, heads // groups, plan.segment, steps)
-    launch["stitch" + suffix](cu, first_state, maps, states, plan.segment)
+    launch["segments" + suffix](q, k, x, cu, reaches, N, P, vectors, states, maps, heads // groups, plan.section, steps)
+    launch["stitch" + suffix](cu, first_state, reaches, maps, states, *lengths)
     return states
 
 
@@ -286,7 +295,7 @@ def _forward(
         q, k, v, g, beta = tiles(q), tiles(k), tiles(v), rows(g), rows(beta)
         options, steps = (scale, 2.0 if neg else 1.0), _steps(documents)
         raw = g, beta, A_log, dt_bias, cu
-        segment_states = _enter_segments(launch, plan, False, q, k, v, *raw, initial_state, options, steps)
+        section_states = _enter_segments(launch, plan, False, q, k, v, *raw, initial_state, options, steps)
         launch["forward"](
             q,
             k,
@@ -303,11 +312,12 @@ def _forward(
             states,
             first_states if first_states.numel() else states,  # something that the copy engine takes
             final_state,
-            segment_states,
+            section_states,
             *options,
             heads // groups,
             plan.turns,
             plan.segment,
+            plan.section,
             steps,
         )
     return o, final_state, W, states, first_states, (cu.new_empty(0) if cu_seqlens is None else order)
@@ -392,7 +402,7 @@ def _backward(
         d_final_state = gates.new_empty(0, heads, key_dim, value_dim)
     d_final_state = d_final_state.contiguous()
     raw = g, beta, A_log, dt_bias, cu_seqlens
-    segment_states = _enter_segments(launch, plan, True, q, k, do, *raw, d_final_state, options, steps)
+    section_states = _enter_segments(launch, plan, True, q, k, do, *raw, d_final_state, options, steps)
     launch["reverse"](
         q,
         k,
@@ -409,11 +419,12 @@ def _backward(
         d_initial_state,
         gates,
         norms,
-        segment_states,
+        section_states,
         *options,
         ratio,
         plan.turns,
         plan.segment,
+        plan.section,
         steps,
     )
     dq, dk = (torch.empty(tokens, groups, key_dim, dtype=q.dtype, device=q.device) for _ in range(2))

@@ -1,6 +1,6 @@
 """P: what the scans of segments (`segments`) need of each chunk that they look at, all of these at once.
 
-Vectors, N, and for the reverse scan P, of `chunk`. LANES blocks share the chunks of a segment's head that are wanted
+Vectors, N, and for the reverse scan P, of `chunk`. LANES blocks share the chunks of a section's head that are wanted
 (`reach`). The first warpgroup makes N and the vectors of the keys. Of the second, one warp brings k and q and one makes
 the gates; for the reverse scan two make the vectors of the queries, and all of them P.
 Shared memory (K = 128): q and k 32, N and P 16, the solve 24, vectors 3: 75 KB; 51 KB without q and P.
@@ -36,7 +36,7 @@ from qlakernels.gated_delta_rule.hopper.common import (
 )
 
 BLOCKS = 3  # of a multiprocessor
-LANES = 32  # blocks that share the chunks of a segment
+LANES = 32  # blocks that share the chunks of a section
 
 
 def prepare_kernel(key_dim, dtype, l2norm, gate, sigmoid, raw_dtype, beta_dtype, reverse):
@@ -65,7 +65,7 @@ def prepare_kernel(key_dim, dtype, l2norm, gate, sigmoid, raw_dtype, beta_dtype,
         scale: T.float32,
         beta_factor: T.float32,
         ratio: T.int32,
-        segment: T.int32,
+        section: T.int32,
         steps: T.int32,
     ):
         with T.Kernel(LANES, heads, cuts, threads=256) as (lane, head, turn):
@@ -94,7 +94,7 @@ def prepare_kernel(key_dim, dtype, l2norm, gate, sigmoid, raw_dtype, beta_dtype,
             reached = reaches[turn, head]
             if lane < reached:
                 place = T.alloc_local((7,), "int32")
-                take_segment(cu_seqlens, documents, turn, segment, steps, place)
+                take_segment(cu_seqlens, documents, turn, section, steps, place)
                 group = T.alloc_var("int32")
                 group = head // ratio
                 chunks = T.alloc_var("int32")

@@ -1,9 +1,10 @@
-"""How much of a segment its scan has to see: from a bound of what each chunk leaves of a state.
+"""How much of a segment has to be seen for what leaves it: from a bound of what each chunk leaves of a state.
 
 A token takes the state to γ (I − β k kᵀ) S and adds to it. With keys normalised in the operator no vector grows by more
 than max(1, |1 − β|), so ‖S‖ shrinks over a chunk to 2^b of itself or less, b = Σ log₂ γ + Σ log₂ max(1, |1 − β|).
 `decay` makes b of all chunks. `reach` adds them up from the side where a segment is left, until the sum is below
 −BEYOND: what enters there, up to 2⁴³, leaves less than the smallest float32, and the scan begins there, from nothing.
+A segment is looked at in sections (`segments`); each is told how much of it is wanted.
 Keys that are not normalised have no such bound: all of the segment is wanted.
 """
 
@@ -13,12 +14,10 @@ from qlakernels.gated_delta_rule.hopper.chunk import LEAST_DECAY, sigmoid_of, so
 from qlakernels.gated_delta_rule.hopper.common import (
     BASE,
     CHUNK,
-    CLOSES,
     FIRST,
     LEFT,
     LENGTH,
     LOG2E,
-    OPENS,
     PRELUDE,
     locate,
     log2,
@@ -91,11 +90,12 @@ def reach_kernel(known):
         bounds: T.Tensor((slots, heads), "float32"),
         reaches: T.Tensor((cuts, heads), "int32"),
         segment: T.int32,
+        section: T.int32,
         steps: T.int32,
         entered: T.int32,
         reverse: T.int32,
     ):
-        """reaches ← the chunks wanted of a segment, from the side where it is left; one more than there are where what
+        """reaches ← the chunks wanted of a section, from the side where it is left; one more than there are where what
         enters it is wanted too; none where no other segment of the document follows. `entered`: a document is entered
         by a state; `reverse`: from its end."""
         with T.Kernel(heads, cuts, threads=32) as (head, turn):
@@ -103,8 +103,14 @@ def reach_kernel(known):
             place = T.alloc_local((7,), "int32")
             found = T.alloc_local((1,), "int32")
             x, total, other = (T.alloc_local((1,), "float32") for _ in range(3))
-            take_segment(cu_seqlens, documents, turn, segment, steps, place)
-            chunks = T.ceildiv(place[LENGTH], CHUNK)
+            take_segment(cu_seqlens, documents, turn, section, steps, place)
+            first, end = cu_seqlens[place[0]], cu_seqlens[place[0] + 1]  # of the document
+            before = (place[FIRST] - first) % segment  # tokens of the segment before the section
+            behind = T.max(T.min(place[FIRST] - before + segment, end) - place[FIRST] - place[LENGTH], 0)
+            mine = T.ceildiv(place[LENGTH], CHUNK)
+            passed = T.ceildiv(T.if_then_else(reverse > 0, before, behind), CHUNK)
+            chunks = before // CHUNK + mine + T.ceildiv(behind, CHUNK)  # of the segment
+            low = place[BASE] - before // CHUNK
             found[0] = chunks + 1
             if known:
                 total[0] = 0.0
@@ -113,7 +119,7 @@ def reach_kernel(known):
                         i = step * 32 + lane
                         x[0] = T.if_then_else(
                             i < chunks,
-                            bounds[place[BASE] + T.if_then_else(reverse > 0, i, chunks - 1 - i), head],
+                            bounds[low + T.if_then_else(reverse > 0, i, chunks - 1 - i), head],
                             0.0,
                         )
                         for near in T.unroll(5):
@@ -123,11 +129,15 @@ def reach_kernel(known):
                         x[0] += total[0]
                         found[0] = T.warp_reduce_min(T.if_then_else(x[0] < -BEYOND, i + 1, chunks + 1))
                         total[0] = T.shfl_sync(x[0], 31)
-            is_first = T.if_then_else(reverse > 0, place[CLOSES], place[OPENS])
-            is_last = T.if_then_else(reverse > 0, place[OPENS], place[CLOSES])
-            if is_first > 0 and entered == 0:
+            opens = place[FIRST] - before == first
+            closes = place[FIRST] - before + segment >= end
+            if entered == 0 and T.if_then_else(reverse > 0, closes, opens):
                 found[0] = T.min(found[0], chunks)
             if lane == 0:
-                reaches[turn, head] = T.if_then_else(place[LENGTH] > 0 and is_last == 0, found[0], 0)
+                reaches[turn, head] = T.if_then_else(
+                    place[LENGTH] > 0 and not T.if_then_else(reverse > 0, opens, closes),
+                    T.max(0, T.min(found[0] - passed, mine + 1)),
+                    0,
+                )
 
     return reach

@@ -47,8 +47,9 @@ from qlakernels.gated_delta_rule.hopper.common import (
     PRELUDE,
     arrive,
     bring,
-    load_tail_of,
+    load_tail,
     release_tiles,
+    section_of,
     state_layout,
     take_turn,
     transposed_accumulator,
@@ -92,12 +93,13 @@ def reverse_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
         d_initial_state: T.Tensor((starts, heads, K, V), "float32"),
         gates: T.Tensor((slots, heads, 2, C), "float32"),
         norms: T.Tensor((slots, groups, 2, C), "float32"),
-        segment_states: T.Tensor((cuts, heads, V, K), "float32"),
+        section_states: T.Tensor((cuts, heads, V, K), "float32"),
         scale: T.float32,
         beta_factor: T.float32,
         ratio: T.int32,
         turns: T.int32,
         segment: T.int32,
+        section: T.int32,
         steps: T.int32,
     ):
         with T.Kernel(T.ceildiv(V, part), heads, turns, threads=threads) as (p, head, turn):
@@ -164,8 +166,10 @@ def reverse_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
                 T.set_max_nreg(registers, 1)
                 columns = p * part
                 if cuts > 0:
+                    entered = T.alloc_var("int32")
+                    entered = T.min(section_of(cu_seqlens, document, start + T.max(length - 1, 0), section), cuts - 1)
                     for i, j in T.Parallel(part, K):
-                        dS[i, j] = segment_states[turn, head, columns + i, j]
+                        dS[i, j] = section_states[entered, head, columns + i, j]
                 elif ends > 0:
                     for i, j in T.Parallel(part, K):
                         dS[i, j] = d_final_state[document, head, j, columns + i]
@@ -275,8 +279,7 @@ def reverse_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
                         if left_rows >= C:
                             T.tma_copy(do[first : first + C, head, columns : columns + part], do_s, barrier=do_full[0])
                         else:
-                            load_tail_of(do_s, do, first, head, columns, left_rows, part)
-                            release_tiles()
+                            load_tail(do_s, None, do, first, head, columns, left_rows, part)
                         arrive(do_full, 0)
                 elif thread < base + 64:
                     serve_gates(

@@ -1,9 +1,11 @@
 """What long documents with few heads are cut into: segments, whose scans run side by side, stitched exactly.
 
-The state that leaves a segment is affine in the one that enters it: S' = M S + N, in the forward scan as in the reverse
-one. `segments` finds N, by a scan that begins at zero, and M, by one of the columns of the identity with no values;
-`stitch` goes from segment to segment and leaves the state that enters each, where `forward` and `reverse` begin. Of a
-segment they see what `reach` found to be wanted, which for most heads is a small part and no M.
+The state that leaves a piece of a document is affine in the one that enters it: S' = M S + N, in the forward scan as in
+the reverse one. A segment is as long as fills the chip with scans; what it does to a state is found in shorter pieces,
+sections, for a shorter chain. `segments` finds their N, by a scan that begins at zero, and M, by one of the columns of
+the identity with no values; `stitch` goes from section to section and leaves the state that enters each segment, where
+`forward` and `reverse` begin. Of a segment they see what `reach` found to be wanted, which for most heads is a small
+part and no M.
 
 A block of `segments` takes 64 columns of N or of M, [64, K] in the registers of its one consumer warpgroup; a warp of
 the other brings the tiles and what `prepare` has made. M is handed on as the sum of two bfloat16 matrices, [column, K].
@@ -68,10 +70,10 @@ def segments_kernel(key_dim, value_dim, dtype, reverse):
         N: T.Tensor((prepared, heads, C, C), dtype),
         P: T.Tensor((prepared_of_P, heads, C, C), dtype),
         vectors: T.Tensor((prepared, heads, VECTORS, C), "float32"),
-        segment_states: T.Tensor((cuts, heads, V, K), "float32"),
+        section_states: T.Tensor((cuts, heads, V, K), "float32"),
         maps: T.Tensor((cuts, heads, 2, K, K), "bfloat16"),
         ratio: T.int32,
-        segment: T.int32,
+        section: T.int32,
         steps: T.int32,
     ):
         with T.Kernel(values + T.ceildiv(K, part), heads, cuts, threads=threads) as (p, head, turn):
@@ -98,7 +100,7 @@ def segments_kernel(key_dim, value_dim, dtype, reverse):
             reached = reaches[turn, head]
             if reached > 0:
                 place = T.alloc_local((7,), "int32")
-                take_segment(cu_seqlens, documents, turn, segment, steps, place)
+                take_segment(cu_seqlens, documents, turn, section, steps, place)
                 group = T.alloc_var("int32")
                 group = head // ratio
                 start = T.alloc_var("int32")
@@ -120,9 +122,7 @@ def segments_kernel(key_dim, value_dim, dtype, reverse):
                         T.clear(S)
                     else:
                         for i, j in T.Parallel(part, K):
-                            S[i, j] = T.Select(
-                                reached > chunks and columns - values * part + i == j, T.float32(1.0), T.float32(0.0)
-                            )
+                            S[i, j] = T.Select(columns - values * part + i == j, T.float32(1.0), T.float32(0.0))
                         for stage in T.unroll(x_stages):
                             for i, j in T.Parallel(C, part):
                                 x_s[stage, i, j] = 0.0
@@ -173,8 +173,8 @@ def segments_kernel(key_dim, value_dim, dtype, reverse):
                         arrive(empty, stage)
                     if p < values:
                         for i, j in T.Parallel(part, K):
-                            segment_states[turn + (-1 if reverse else 1), head, columns + i, j] = S[i, j]
-                    else:
+                            section_states[turn + (-1 if reverse else 1), head, columns + i, j] = S[i, j]
+                    elif reached > chunks:
                         for i, j in T.Parallel(part, K):
                             maps[turn, head, 0, columns - values * part + i, j] = T.cast(S[i, j], "bfloat16")
                         for i, j in T.Parallel(part, K):
@@ -194,7 +194,6 @@ def segments_kernel(key_dim, value_dim, dtype, reverse):
                             if reverse and left_rows < C:
                                 load_tail(k_s, stage, k, first, group, 0, left_rows, K)
                                 load_tail(q_s, stage, q, first, group, 0, left_rows, K)
-                                release_tiles()
                             else:
                                 T.tma_copy(k[first : first + C, group, :], k_s[stage, :, :], barrier=full[stage])
                                 if reverse:
@@ -208,7 +207,6 @@ def segments_kernel(key_dim, value_dim, dtype, reverse):
                             if p < values:
                                 if reverse and left_rows < C:
                                     load_tail(x_s, step % x_stages, x, first, head, columns, left_rows, part)
-                                    release_tiles()
                                 else:
                                     T.tma_copy(
                                         x[first : first + C, head, columns : columns + part],
@@ -221,10 +219,11 @@ def segments_kernel(key_dim, value_dim, dtype, reverse):
 
 
 def stitch_kernel(key_dim, value_dim, reverse):
-    """The state that enters each segment, in place of the N of the one before, by S' = M S + N in three products of
-    bfloat16, S = S₁ + S₂ and M = M₁ + M₂. A block takes 64 columns of V of a document's head through its segments; a
-    warp of its second warpgroup brings M and N, two stages of 96 KB."""
-    K, V = key_dim, value_dim
+    """The state that enters each section, in place of the N of the one before, by S' = M S + N in three products of
+    bfloat16, S = S₁ + S₂ and M = M₁ + M₂; where no M is wanted N is that state already, and inside of a segment it is
+    not written. A block takes 64 columns of V of a document's head through its sections up to the last segment; a warp
+    of its second warpgroup brings M and N, two stages of 96 KB."""
+    C, K, V = CHUNK, key_dim, value_dim
     part, stages = 64, 2
     heads, documents, cuts, starts = (T.dynamic(x) for x in ("heads", "documents", "cuts", "starts"))
 
@@ -232,9 +231,11 @@ def stitch_kernel(key_dim, value_dim, reverse):
     def stitch(
         cu_seqlens: T.Tensor((documents + 1,), "int32"),
         first_state: T.Tensor((starts, heads, K, V), "float32"),
+        reaches: T.Tensor((cuts, heads), "int32"),
         maps: T.Tensor((cuts, heads, 2, K, K), "bfloat16"),
-        segment_states: T.Tensor((cuts, heads, V, K), "float32"),
+        section_states: T.Tensor((cuts, heads, V, K), "float32"),
         segment: T.int32,
+        section: T.int32,
     ):
         with T.Kernel(T.ceildiv(V, part), heads, documents, threads=256) as (p, head, document):
             T.import_source(PRELUDE)
@@ -246,10 +247,18 @@ def stitch_kernel(key_dim, value_dim, reverse):
             full, empty = T.alloc_barrier([32] * stages), T.alloc_barrier([128] * stages)
             T.annotate_layout({N_s: make_full_bank_swizzled_layout(N_s)})
             thread = T.get_thread_binding()
+            length = cu_seqlens[document + 1] - cu_seqlens[document]
             low = T.alloc_var("int32")
             count = T.alloc_var("int32")
-            low = cu_seqlens[document] // segment + document
-            count = T.max(1, T.ceildiv(cu_seqlens[document + 1] - cu_seqlens[document], segment))
+            sections = T.alloc_var("int32")
+            chunks = T.alloc_var("int32")  # of the section that is passed
+            reached = T.alloc_var("int32")
+            low = cu_seqlens[document] // section + document
+            sections = T.max(1, T.ceildiv(length, section))
+            # the sections that are passed: all of the segments before the last
+            count = (T.ceildiv(length, segment) - 1) * (segment // section)
+            if reverse:
+                count = T.max(0, sections - segment // section)
             if thread < 128:
                 columns = p * part
                 if starts > 0:
@@ -258,38 +267,47 @@ def stitch_kernel(key_dim, value_dim, reverse):
                 else:
                     T.clear(S)
                 for i, j in T.Parallel(part, K):
-                    segment_states[low + (count - 1 if reverse else 0), head, columns + i, j] = S[i, j]
-                for step in T.serial(count - 1):
-                    after = low + (count - 2 - step if reverse else step + 1)
+                    section_states[low + (sections - 1 if reverse else 0), head, columns + i, j] = S[i, j]
+                for step in T.serial(count):
+                    passed = sections - 1 - step if reverse else step
+                    reached = reaches[low + passed, head]
+                    chunks = T.ceildiv(T.min(section, length - passed * section), C)
                     for i, j in T.Parallel(part, K):
                         S1[i, j] = S[i, j]
                     for i, j in T.Parallel(part, K):
                         S2[i, j] = S[i, j] - T.cast(S1[i, j], "float32")
                     wait(full, step % stages, step // stages % 2)
                     T.copy(N_s[step % stages, :, :], S)
-                    T.wgmma_gemm(S1, M_s[step % stages, 0, :, :], S)
-                    T.wgmma_gemm(S1, M_s[step % stages, 1, :, :], S)
-                    T.wgmma_gemm(S2, M_s[step % stages, 0, :, :], S)
-                    T.wait_wgmma(0)
-                    T.warpgroup_fence_operand(S, num_regs=K // 2)
+                    if reached > chunks:
+                        T.wgmma_gemm(S1, M_s[step % stages, 0, :, :], S)
+                        T.wgmma_gemm(S1, M_s[step % stages, 1, :, :], S)
+                        T.wgmma_gemm(S2, M_s[step % stages, 0, :, :], S)
+                        T.wait_wgmma(0)
+                        T.warpgroup_fence_operand(S, num_regs=K // 2)
+                        if (passed if reverse else passed + 1) % (segment // section) == 0:
+                            for i, j in T.Parallel(part, K):
+                                section_states[low + passed + (-1 if reverse else 1), head, columns + i, j] = S[i, j]
                     release_tiles()
                     arrive(empty, step % stages)
-                    for i, j in T.Parallel(part, K):
-                        segment_states[after, head, columns + i, j] = S[i, j]
             elif thread < 160:
-                for step in T.serial(count - 1):
-                    before = low + (count - 1 - step if reverse else step)
-                    after = before + (-1 if reverse else 1)
+                for step in T.serial(count):
+                    passed = sections - 1 - step if reverse else step
+                    reached = reaches[low + passed, head]
+                    chunks = T.ceildiv(T.min(section, length - passed * section), C)
                     wait(empty, step % stages, (step // stages + 1) % 2)
-                    T.tma_copy(
-                        segment_states[after, head, p * part : p * part + part, :],
-                        N_s[step % stages, :, :],
-                        barrier=full[step % stages],
-                    )
-                    for half in T.unroll(2):
+                    if reached > 0:
                         T.tma_copy(
-                            maps[before, head, half, :, :], M_s[step % stages, half, :, :], barrier=full[step % stages]
+                            section_states[low + passed + (-1 if reverse else 1), head, p * part : p * part + part, :],
+                            N_s[step % stages, :, :],
+                            barrier=full[step % stages],
                         )
+                    if reached > chunks:
+                        for half in T.unroll(2):
+                            T.tma_copy(
+                                maps[low + passed, head, half, :, :],
+                                M_s[step % stages, half, :, :],
+                                barrier=full[step % stages],
+                            )
                     arrive(full, step % stages)
 
     return stitch
