@@ -14,10 +14,15 @@ from omegaconf.errors import OmegaConfBaseException
 
 from qlatrain.bench.config import BenchKernelsConfig
 from qlatrain.checks import nearest
-from qlatrain.config import PretrainConfig
+from qlatrain.config import ExportConfig, FinetuneConfig, PretrainConfig
 
 # one for each recipe: a dataclass with a method `validate`, which raises ValueError
-SCHEMAS = {"pretrain": PretrainConfig, "bench_kernels": BenchKernelsConfig}
+SCHEMAS = {
+    "pretrain": PretrainConfig,
+    "finetune": FinetuneConfig,
+    "export": ExportConfig,
+    "bench_kernels": BenchKernelsConfig,
+}
 
 
 def register_schemas() -> None:

@@ -11,6 +11,9 @@ from omegaconf import MISSING
 from qlatrain.checks import check_values, nearest, value_at
 
 LAYER_KINDS = ("gdn", "attn")
+LORA_TARGETS = ("attention", "gdn", "mlp")
+FAMILIES = ("qwen3_5_text", "qwen3_5", "olmo_hybrid")  # what is read and written, by transformers' model types
+WEIGHT_DTYPES = ("float32", "bfloat16")
 
 
 @dataclass
@@ -26,17 +29,18 @@ class ModelConfig:
     """A hybrid decoder. Field names are those of transformers' `Qwen3_5TextConfig` where it has them."""
 
     name: str = MISSING
+    architecture: str = "qwen3_5"  # qwen3_5 | olmo_hybrid
     vocab_size: int = MISSING
     hidden_size: int = MISSING
     intermediate_size: int = MISSING
     num_hidden_layers: int = MISSING
     layer_pattern: list[str] = field(default_factory=lambda: ["gdn", "gdn", "gdn", "attn"])  # repeated to the depth
-    # gated full attention
+    # full attention
     num_attention_heads: int = MISSING
     num_key_value_heads: int = MISSING
     head_dim: int = MISSING
     partial_rotary_factor: float = 0.25
-    rope_theta: float = 10_000_000.0
+    rope_theta: float | None = 10_000_000.0  # null: no positions, for olmo_hybrid
     attention_bias: bool = False
     # Gated DeltaNet
     linear_num_key_heads: int = MISSING
@@ -69,13 +73,18 @@ class DataConfig:
     dataset_config: str | None = None
     split: str = "train"
     streaming: bool = False
+    format: str = "text"  # text | conversations (rows of .jsonl, .parquet or hf; the assistant's turns are the targets)
     text_key: str = "text"  # the field of .jsonl, .parquet and hf rows that holds the document
+    messages_key: str = "messages"  # conversations: the field that holds the list of {role, content}
     tokenizer: str = "bytes"  # bytes, or any Hugging Face tokenizer by path or name
+    chat_template: str | None = None  # in place of the tokenizer's own: a file, or bos_eos or chatml
     sequence_length: int = 512  # tokens a row
     validation_fraction: float = 0.05  # of the documents
     shuffle: bool = True
     shuffle_block: int = 10_000  # streaming: documents shuffled together
-    interleave: int = 64  # documents open side by side, which give rows in turn
+    interleave: int = 64  # text: documents open side by side, which give rows in turn
+    lookahead: int = 256  # conversations: those that the rest of a row is filled from
+    too_long: str = "cut"  # cut | drop | error: what becomes of a conversation longer than a row
     workers: int = 2  # threads that read and tokenise ahead; 0 reads in step with training
 
 
@@ -170,11 +179,12 @@ class SampleConfig:
 
 
 @dataclass
-class PretrainConfig:
-    recipe: str = "pretrain"
+class TrainingConfig:
+    """What every training recipe is told."""
+
+    recipe: str = MISSING
     resume: str = "auto"  # auto | never | path of a checkpoint
     run: RunConfig = field(default_factory=RunConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -187,16 +197,72 @@ class PretrainConfig:
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
 
+
+@dataclass
+class PretrainConfig(TrainingConfig):
+    recipe: str = "pretrain"
+    model: ModelConfig = field(default_factory=ModelConfig)
+
     def validate(self) -> None:
         """Raises ValueError, one sentence naming the key, for values and combinations that cannot run."""
         check_values(self, CHOICES, AT_LEAST)
-        _validate_model(self.model)
+        validate_model(self.model)
         _validate_training(self)
         _validate_data(self.data)
 
 
+@dataclass
+class InitConfig:
+    """What finetuning begins with."""
+
+    checkpoint: str = MISSING  # folder of a Hugging Face checkpoint
+    dtype: str = "float32"  # float32 | bfloat16: of the weights; those that are trained should be float32
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank updates in place of full finetuning (Hu et al. 2021, arXiv 2106.09685)."""
+
+    rank: int = 0  # 0: every weight is trained
+    alpha: float = 32.0  # updates are scaled by alpha / rank
+    dropout: float = 0.0  # of what goes into the updates
+    targets: list[str] = field(default_factory=lambda: list(LORA_TARGETS))  # whose projections: attention, gdn, mlp
+
+
+@dataclass
+class FinetuneConfig(TrainingConfig):
+    recipe: str = "finetune"
+    init: InitConfig = field(default_factory=InitConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+
+    def validate(self) -> None:
+        """As of `PretrainConfig`."""
+        check_values(self, _without_model(CHOICES) | _OF_FINETUNING, _without_model(AT_LEAST) | _LEAST_OF_FINETUNING)
+        _validate_training(self)
+        _validate_data(self.data)
+        _validate_lora(self)
+
+
+@dataclass
+class ExportConfig:
+    recipe: str = "export"
+    run: str = MISSING  # folder of a run
+    format: str | None = None  # the family to write; null: that of the run's model
+    out: str = "${run}/export"  # folder to write
+    checkpoint: str = "newest"  # of the run; or the path of one
+    dtype: str | None = None  # float32 | bfloat16; null: as the run holds them
+    merge: bool = True  # LoRA: add the updates to the weights; false writes the adapter alone
+
+    def validate(self) -> None:
+        """As of `PretrainConfig`."""
+        check_values(self, {"format": (None, *FAMILIES), "dtype": (None, *WEIGHT_DTYPES)}, {})
+
+
 CHOICES = {
+    "model.architecture": ("qwen3_5", "olmo_hybrid"),
     "data.source": ("stdlib", "text", "hf"),
+    "data.format": ("text", "conversations"),
+    "data.too_long": ("cut", "drop", "error"),
     "optim.name": ("adamw", "muon"),
     "schedule.name": ("cosine", "wsd"),
     "parallel.layout": ("single", "data"),
@@ -211,6 +277,7 @@ AT_LEAST = {
     "train.max_skipped_steps": 1,
     "data.sequence_length": 2,
     "data.interleave": 1,
+    "data.lookahead": 1,
     "data.workers": 0,
     "model.vocab_size": 1,
     "model.hidden_size": 1,
@@ -235,9 +302,15 @@ AT_LEAST = {
     "optim.lr": 0,
     "optim.muon_lr": 0,
 }
+_OF_FINETUNING = {"init.dtype": WEIGHT_DTYPES}
+_LEAST_OF_FINETUNING = {"lora.rank": 0, "lora.dropout": 0}
 
 
-def _validate_training(config: PretrainConfig) -> None:
+def _without_model(rules: dict) -> dict:
+    return {key: rule for key, rule in rules.items() if not key.startswith("model.")}
+
+
+def _validate_training(config: TrainingConfig) -> None:
     train = config.train
     if train.global_batch_size % train.micro_batch_size:
         raise ValueError(
@@ -256,6 +329,22 @@ def _validate_training(config: PretrainConfig) -> None:
         raise ValueError(f"train.max_grad_norm={train.max_grad_norm} is not above 0; use inf not to clip")
 
 
+def _validate_lora(config: FinetuneConfig) -> None:
+    lora = config.lora
+    if lora.rank and not lora.targets:
+        raise ValueError(f"lora.targets is empty: give a list of {', '.join(LORA_TARGETS)}")
+    for target in lora.targets:
+        if target not in LORA_TARGETS:
+            raise ValueError(
+                f"lora.targets holds {target}, which is not one of {', '.join(LORA_TARGETS)}"
+                f"{nearest(target, LORA_TARGETS)}"
+            )
+    if lora.dropout >= 1:
+        raise ValueError(f"lora.dropout={lora.dropout} leaves nothing: it is a fraction below 1")
+    if lora.rank and lora.alpha <= 0:
+        raise ValueError(f"lora.alpha={lora.alpha} is not above 0")
+
+
 def _validate_data(data: DataConfig) -> None:
     if not 0 < data.validation_fraction < 1:
         raise ValueError(
@@ -266,11 +355,14 @@ def _validate_data(data: DataConfig) -> None:
         raise ValueError("data.source=text needs data.files: a list of paths or globs of .txt, .jsonl or .parquet")
     if data.source == "hf" and not data.dataset:
         raise ValueError("data.source=hf needs data.dataset: the name or the folder of a dataset")
+    if data.format == "conversations" and data.source == "stdlib":
+        raise ValueError("data.format=conversations needs data.source=text or hf: the standard library holds none")
     if data.streaming and data.source != "hf":
         raise ValueError(f"data.streaming=true needs data.source=hf, not {data.source}")
 
 
-def _validate_model(model: ModelConfig) -> None:
+def validate_model(model: ModelConfig) -> None:
+    """Raises ValueError, one sentence naming the key, for sizes that do not fit together."""
     if not model.layer_pattern:
         raise ValueError("model.layer_pattern is empty: give a list of gdn and attn")
     for kind in model.layer_pattern:
@@ -287,9 +379,23 @@ def _validate_model(model: ModelConfig) -> None:
             raise ValueError(
                 f"model.{heads}={getattr(model, heads)} is not a multiple of model.{groups}={getattr(model, groups)}"
             )
+    if model.architecture == "olmo_hybrid":
+        _validate_olmo_hybrid(model)
+    elif model.rope_theta is None:
+        raise ValueError("model.rope_theta=null, no positions, needs model.architecture=olmo_hybrid")
     rotated = model.head_dim * model.partial_rotary_factor
     if not 0 < model.partial_rotary_factor <= 1 or rotated != int(rotated) or int(rotated) % 2:
         raise ValueError(
             f"model.partial_rotary_factor={model.partial_rotary_factor} rotates {rotated:g} of "
             f"model.head_dim={model.head_dim} dimensions: it must be an even number of them"
+        )
+
+
+def _validate_olmo_hybrid(model: ModelConfig) -> None:
+    """What transformers' `OlmoHybridConfig` cannot hold would make a checkpoint that nothing opens."""
+    if set(model.layer_kinds) != set(LAYER_KINDS):
+        raise ValueError("model.architecture=olmo_hybrid needs layers of both kinds, gdn and attn")
+    if model.partial_rotary_factor != 1:
+        raise ValueError(
+            f"model.partial_rotary_factor={model.partial_rotary_factor} is not 1: olmo_hybrid turns heads as a whole"
         )

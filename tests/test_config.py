@@ -20,7 +20,11 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 GROUPS = ("data", "kernel", "model", "optim", "parallel", "schedule", "track")
 OPTIONS = [f"{group}={file.stem}" for group in GROUPS for file in sorted((CONFIGS / group).glob("*.yaml"))]
 MODELS = [option.removeprefix("model=") for option in OPTIONS if option.startswith("model=")]
-NEEDED = {"data=text": ["data.files=[a.txt]"], "data=hf": ["data.dataset=name"]}  # what an option leaves to the user
+NEEDED = {  # what an option leaves to the user
+    "data=text": ["data.files=[a.txt]"],
+    "data=conversations": ["data.files=[a.jsonl]"],
+    "data=hf": ["data.dataset=name"],
+}
 # parameters in millions, of the published models or of what the file's first line says
 MILLIONS = {
     "tiny": 1.0,
@@ -32,6 +36,7 @@ MILLIONS = {
     "qwen3_5_4b": 4200,
     "qwen3_5_9b": 8950,
     "qwen3_5_27b": 26900,
+    "olmo_hybrid_7b": 7430,
 }
 
 register_schemas()
@@ -78,7 +83,8 @@ def test_every_option_of_every_group_composes(option):
 
 @pytest.mark.parametrize("option", NEEDED)
 def test_an_option_says_what_it_needs(option):
-    with pytest.raises(ValueError, match=f"{option.replace('=', '.source=')} needs data"):
+    source = {"data=text": "text", "data=conversations": "text", "data=hf": "hf"}[option]
+    with pytest.raises(ValueError, match=rf"data\.source={source} needs data"):
         check(CONFIGS, "pretrain", [option])
 
 
@@ -131,7 +137,12 @@ def test_unknown_choice(key):
 def test_every_choice_is_taken():
     for key, options in CHOICES.items():
         for option in options:
-            needed = {"data.source=text": ["data.files=[a.txt]"], "data.source=hf": ["data.dataset=name"]}
+            needed = {
+                "data.source=text": ["data.files=[a.txt]"],
+                "data.source=hf": ["data.dataset=name"],
+                "model.architecture=olmo_hybrid": ["model.partial_rotary_factor=1"],
+                "data.format=conversations": ["data=conversations", "data.files=[a.jsonl]"],
+            }
             argument = f"{key}={'null' if option is None else option}"
             check(CONFIGS, "pretrain", [argument, *needed.get(argument, [])])
 
@@ -155,6 +166,7 @@ REFUSED = [
     (["data.validation_fraction=0"], "data.validation_fraction=0.0 is not between 0 and 1: it is the part"),
     (["data.source=text"], "data.source=text needs data.files: a list of paths or globs"),
     (["data.source=hf"], "data.source=hf needs data.dataset: the name or the folder"),
+    (["data.format=conversations"], "data.format=conversations needs data.source=text or hf: the standard library"),
     (["data.streaming=true"], "data.streaming=true needs data.source=hf, not stdlib"),
     (["model.layer_pattern=[]"], "model.layer_pattern is empty: give a list of gdn and attn"),
     (
@@ -174,6 +186,15 @@ REFUSED = [
     (
         ["model.head_dim=6"],
         "model.partial_rotary_factor=0.5 rotates 3 of model.head_dim=6 dimensions: it must be an even",
+    ),
+    (["model.rope_theta=null"], "model.rope_theta=null, no positions, needs model.architecture=olmo_hybrid"),
+    (
+        ["model=olmo_hybrid_7b", "model.layer_pattern=[gdn]"],
+        "model.architecture=olmo_hybrid needs layers of both kinds",
+    ),
+    (
+        ["model.architecture=olmo_hybrid"],
+        "model.partial_rotary_factor=0.5 is not 1: olmo_hybrid turns heads as a whole",
     ),
 ]
 

@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 
 from qlatrain.config import DataConfig
+from qlatrain.data.chat import Chat, read_chat_template
+from qlatrain.data.formats import TOO_LONG, ConversationFormat, TextFormat
 from qlatrain.data.order import IndexedOrder, StreamedOrder
-from qlatrain.data.packing import IGNORE_INDEX, PackedBatch
+from qlatrain.data.packing import IGNORE_INDEX, Counts, PackedBatch
 from qlatrain.data.sources import open_source
 from qlatrain.data.stream import TrainStream
 from qlatrain.data.tokenizer import Tokenizer, check_vocab, load_tokenizer
@@ -12,6 +14,8 @@ from qlatrain.data.validation import ValidationSet
 
 __all__ = [
     "IGNORE_INDEX",
+    "Chat",
+    "Counts",
     "PackedBatch",
     "Tokenizer",
     "TrainData",
@@ -20,7 +24,11 @@ __all__ = [
     "build_data",
     "check_vocab",
     "load_tokenizer",
+    "read_chat_template",
 ]
+
+
+FORMATS = ("text", "conversations")
 
 
 @dataclass(frozen=True)
@@ -28,6 +36,7 @@ class TrainData:
     tokenizer: Tokenizer
     train: TrainStream
     validation: ValidationSet | None  # None when nothing is held out
+    chat: Chat | None = None  # of conversations: makes prompts
 
 
 def build_data(config: DataConfig, seed: int) -> TrainData:
@@ -49,12 +58,23 @@ def build_data(config: DataConfig, seed: int) -> TrainData:
         raise ValueError(f"data.shuffle_block={config.shuffle_block} must be 1 document or more.")
     if config.interleave < 1:
         raise ValueError(f"data.interleave={config.interleave} must be 1 (one document after the other) or more.")
-    tokenizer = load_tokenizer(config.tokenizer)
+    if config.format not in FORMATS:
+        raise ValueError(f"data.format={config.format!r} is not known; use one of {', '.join(FORMATS)}.")
+    if config.too_long not in TOO_LONG:
+        raise ValueError(f"data.too_long={config.too_long!r} is not known; use one of {', '.join(TOO_LONG)}.")
+    if config.lookahead < 1:
+        raise ValueError(f"data.lookahead={config.lookahead} must be 1 (rows in the order of the documents) or more.")
+    template = None if config.chat_template is None else read_chat_template(config.chat_template)
+    tokenizer = load_tokenizer(config.tokenizer, template)
+    if config.format == "conversations":
+        form = ConversationFormat(tokenizer, config.sequence_length, config.lookahead, config.too_long)
+    else:
+        form = TextFormat(tokenizer, config.sequence_length, config.interleave)
     source = open_source(config)
     if config.streaming:
         order = StreamedOrder(source, seed, config.validation_fraction, config.shuffle, config.shuffle_block)
     else:
         order = IndexedOrder(source, seed, config.validation_fraction, config.shuffle)
-    train = TrainStream(order, tokenizer, config.sequence_length, config.interleave, config.workers)
-    validation = ValidationSet(order, tokenizer, config.sequence_length) if config.validation_fraction > 0 else None
-    return TrainData(tokenizer, train, validation)
+    train = TrainStream(order, form, config.workers)
+    validation = ValidationSet(order, form) if config.validation_fraction > 0 else None
+    return TrainData(tokenizer, train, validation, form.chat if config.format == "conversations" else None)

@@ -9,6 +9,7 @@ from functools import partial
 
 import numpy as np
 
+from qlatrain.data.conversations import TextOrConversation
 from qlatrain.data.packing import Position, not_there
 from qlatrain.data.sources import DocumentReader, DocumentSource, DocumentStream
 
@@ -66,7 +67,7 @@ class IndexedOrder:
         self.description = {**source.description, "documents": count, "seed": seed, "shuffle": shuffle}
         self.description["validation_fraction"] = validation_fraction
 
-    def walk(self, start: Position) -> Iterator[tuple[Position, Callable[[], str]]]:
+    def walk(self, start: Position) -> Iterator[tuple[Position, Callable[[], TextOrConversation]]]:
         """Endless: from the document at `start` on, each document's position and a function that reads it."""
         epoch, first = start.epoch, start.document
         while True:
@@ -76,16 +77,16 @@ class IndexedOrder:
                 yield position, partial(self._source.__getitem__, int(order[document]))
             epoch, first = epoch + 1, 0
 
-    def texts_at(self, positions: Iterable[Position]) -> list[str]:
+    def documents_at(self, positions: Iterable[Position]) -> list[TextOrConversation]:
         """The documents at `positions`.
 
         Raises:
             ValueError: the corpus has no such document.
         """
         orders: dict[int, np.ndarray] = {}
-        return [self._text_at(position, orders) for position in positions]
+        return [self._document_at(position, orders) for position in positions]
 
-    def _text_at(self, position: Position, orders: dict[int, np.ndarray]) -> str:
+    def _document_at(self, position: Position, orders: dict[int, np.ndarray]) -> TextOrConversation:
         if position.epoch not in orders:
             orders[position.epoch] = self.epoch_order(position.epoch)
         order = orders[position.epoch]
@@ -99,12 +100,12 @@ class IndexedOrder:
             return self.train_indices
         return self.train_indices[permutation(len(self.train_indices), self._seed, ORDER, epoch)]
 
-    def train_texts(self) -> Iterator[str]:
+    def train_documents(self) -> Iterator[TextOrConversation]:
         """Every training document once, in a fixed mixed order, so that a beginning of it is a fair sample."""
         mixed = self.train_indices[permutation(len(self.train_indices), self._seed, SPLIT)]
         return (self._source[int(index)] for index in mixed)
 
-    def validation_texts(self) -> Iterator[str]:
+    def validation_documents(self) -> Iterator[TextOrConversation]:
         """Every held-out document once, in a fixed mixed order."""
         return (self._source[int(index)] for index in self.validation_indices)
 
@@ -114,7 +115,7 @@ class StreamedOrder:
 
     A document is held out when the hash of (seed, index) falls below the fraction. The others are permuted within
     blocks of `shuffle_block` documents read, by (seed, epoch, block). While a block is given out the next is read,
-    one document for each given, so that reading is spread evenly; up to two blocks of text are in memory.
+    one document for each given, so that reading is spread evenly; up to two blocks of documents are in memory.
     """
 
     def __init__(
@@ -128,26 +129,28 @@ class StreamedOrder:
         self.description = {**source.description, "seed": seed, "validation_fraction": validation_fraction}
         self.description |= {"shuffle": shuffle, "shuffle_block": shuffle_block}
 
-    def walk(self, start: Position) -> Iterator[tuple[Position, Callable[[], str]]]:
+    def walk(self, start: Position) -> Iterator[tuple[Position, Callable[[], TextOrConversation]]]:
         """As `IndexedOrder.walk`; reading happens in the thread that takes the items."""
         block = _Block(self, self._source.open(start.source_state), start.epoch, start.block)
         block.read_rest()
         first = start.document
         while True:
             following = block.following()
-            for document, text in enumerate(block.in_order()[first:], first):
+            for place, document in enumerate(block.in_order()[first:], first):
                 following.read_one()
-                position = Position(block.epoch, block.number, document, source_state=block.state)
-                yield position, partial(str, text)
+                position = Position(block.epoch, block.number, place, source_state=block.state)
+                yield position, partial(_given, document)
             following.read_rest()
             block, first = following, 0
 
-    def texts_at(self, positions: Iterable[Position]) -> list[str]:
-        """As `IndexedOrder.texts_at`; reads through each block that a position is in."""
-        blocks: dict[tuple[int, int], list[str]] = {}
-        return [self._text_at(position, blocks) for position in positions]
+    def documents_at(self, positions: Iterable[Position]) -> list[TextOrConversation]:
+        """As `IndexedOrder.documents_at`; reads through each block that a position is in."""
+        blocks: dict[tuple[int, int], list[TextOrConversation]] = {}
+        return [self._document_at(position, blocks) for position in positions]
 
-    def _text_at(self, position: Position, blocks: dict[tuple[int, int], list[str]]) -> str:
+    def _document_at(
+        self, position: Position, blocks: dict[tuple[int, int], list[TextOrConversation]]
+    ) -> TextOrConversation:
         key = position.epoch, position.block
         if key not in blocks:
             block = _Block(self, self._source.open(position.source_state), *key)
@@ -161,25 +164,29 @@ class StreamedOrder:
         """bool [indices]: which documents are validation's."""
         return hash64(indices, self._seed, SPLIT).astype(np.float64) < self._fraction * 2.0**64
 
-    def train_texts(self) -> Iterator[str]:
+    def train_documents(self) -> Iterator[TextOrConversation]:
         """Every training document once, as they come."""
-        return self._texts(held_out=False)
+        return self._documents(held_out=False)
 
-    def validation_texts(self) -> Iterator[str]:
+    def validation_documents(self) -> Iterator[TextOrConversation]:
         """Every held-out document once, as they come. Reads through the others to find them."""
-        return self._texts(held_out=True)
+        return self._documents(held_out=True)
 
-    def _texts(self, held_out: bool) -> Iterator[str]:
+    def _documents(self, held_out: bool) -> Iterator[TextOrConversation]:
         reader = self._source.open()
         index = 0
         while True:
             for held in self.held_out(np.arange(index, index + 1024)):
-                text = reader.read()
-                if text is None:
+                document = reader.read()
+                if document is None:
                     return
                 if held == held_out:
-                    yield text
+                    yield document
             index += 1024
+
+
+def _given(document: TextOrConversation) -> TextOrConversation:
+    return document
 
 
 class _Block:
@@ -189,7 +196,7 @@ class _Block:
         self.epoch = epoch
         self.number = number
         self.state = reader.state()
-        self.texts: list[str] = []
+        self.documents: list[TextOrConversation] = []
         self._order = order
         self._reader = reader
         self._read = 0
@@ -201,12 +208,12 @@ class _Block:
         """Read one document more; False when the block is complete."""
         if self._ended or self._read == len(self._held_out):
             return False
-        text = self._reader.read()
-        if text is None:
+        document = self._reader.read()
+        if document is None:
             self._ended = True
             return False
         if not self._held_out[self._read]:
-            self.texts.append(text)
+            self.documents.append(document)
         self._read += 1
         return True
 
@@ -214,11 +221,12 @@ class _Block:
         while self.read_one():
             pass
 
-    def in_order(self) -> list[str]:
+    def in_order(self) -> list[TextOrConversation]:
         """The documents as they are given out; the block must have been read."""
         if not self._order._shuffle:
-            return self.texts
-        return [self.texts[i] for i in permutation(len(self.texts), self._order._seed, ORDER, self.epoch, self.number)]
+            return self.documents
+        order = permutation(len(self.documents), self._order._seed, ORDER, self.epoch, self.number)
+        return [self.documents[i] for i in order]
 
     def following(self) -> "_Block":
         if self._ended:

@@ -10,7 +10,7 @@ N = rows × sequence_length tokens; D = segments.
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 
 import numpy as np
 import torch
@@ -34,7 +34,8 @@ class StreamPosition:
     """Where packing stands: the document that is opened next, and the open ones, the one whose row comes next first."""
 
     following: Position  # offset 0
-    opened: tuple[Position | None, ...]  # their next tokens; None takes the following document when its row comes
+    # Their next tokens; None takes the following document when its row comes. Of conversations, those in the window.
+    opened: tuple[Position | None, ...]
 
     @classmethod
     def beginning(cls, interleave: int) -> "StreamPosition":
@@ -48,11 +49,32 @@ class Document:
 
 
 @dataclass(frozen=True)
+class Counts:
+    """What became of conversations on their way into rows; of text, which is neither padded nor left out, all zero."""
+
+    packed: int = 0  # conversations in rows, the cut ones too
+    cut: int = 0  # at the end of the row, being longer
+    dropped: int = 0  # in no row
+    tokens: int = 0  # in rows
+    targets: int = 0  # of those
+    padding: int = 0  # tokens that fill rows
+
+    def __add__(self, other: "Counts") -> "Counts":
+        return Counts(*(mine + its for mine, its in zip(astuple(self), astuple(other), strict=True)))
+
+    @property
+    def fill(self) -> float:
+        """The part of the rows that is not padding."""
+        return self.tokens / max(self.tokens + self.padding, 1)
+
+
+@dataclass(frozen=True)
 class Row:
     input_ids: np.ndarray  # int32 [length]
     labels: np.ndarray  # int32 [length]
     segments: list[int]  # lengths, they add up to length
     end: StreamPosition  # after this row
+    counts: Counts = Counts()  # since the row before
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,21 @@
 """Where documents come from: what a source is, the `stdlib` source, and the one function that opens any source.
 
-A document is one string. A source whose documents can be read in any order is a `DocumentSource`; one that can
-only be read from front to back is a `DocumentStream`. Both give "" for a document that holds no text; whoever
-walks a source skips those, so that an index always means the same document.
+A document is one string, or one conversation. A source whose documents can be read in any order is a
+`DocumentSource`; one that can only be read from front to back is a `DocumentStream`. Both give "" for a document that
+holds nothing; whoever walks a source skips those, so that an index always means the same document. What a row of a file
+or of a dataset is as a document, its `RowField` says.
 """
 
 import os
 import sysconfig
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Protocol
 
 from qlatrain.config import DataConfig
+from qlatrain.data.conversations import MessagesField, TextOrConversation
 
 SOURCES = ("stdlib", "text", "hf")
 # Not the library itself: installed packages, its tests, caches, and the IDLE application.
@@ -25,13 +29,13 @@ class DocumentSource(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> str: ...
+    def __getitem__(self, index: int) -> TextOrConversation: ...
 
 
 class DocumentReader(Protocol):
     """One pass over a `DocumentStream`."""
 
-    def read(self) -> str | None:
+    def read(self) -> TextOrConversation | None:
         """The next document, or None at the end."""
 
     def state(self) -> dict:
@@ -82,20 +86,57 @@ def digest(value: object) -> str:
     return blake2b(repr(value).encode(), digest_size=8).hexdigest()
 
 
-def checked_text(value: object, place: str, text_key: str) -> str:
-    """`value` as a document; None is an empty one.
+class RowField(Protocol):
+    """Which field of a row holds the document, and how it is read."""
 
-    Raises:
-        ValueError: `value` is neither a string nor None. `place` says where it stands.
-    """
-    if value is None:
-        return ""
-    if not isinstance(value, str):
+    key: str
+    setting: str  # the key of the config that names it
+    what: str  # what it holds
+    endings: tuple[str, ...]  # files that can hold it
+    description: dict  # its part of a source's
+
+    def columns(self, names: list[str]) -> list[str]:
+        """Those of the fields `names` that must be read."""
+
+    def document(self, row: dict, place: Callable[[], str]) -> TextOrConversation:
+        """The document in `row`, which has the field; ValueError naming `place()` when it cannot be one."""
+
+
+@dataclass(frozen=True)
+class TextField:
+    """Rows whose field `key` holds text; null is an empty document."""
+
+    key: str
+    setting: str = "data.text_key"
+    what: str = "document"
+    endings: tuple[str, ...] = (".txt", ".jsonl", ".parquet")
+
+    @property
+    def description(self) -> dict:
+        return {"text_key": self.key}
+
+    def columns(self, names: list[str]) -> list[str]:
+        return [self.key]
+
+    def document(self, row: dict, place: Callable[[], str]) -> str:
+        value = row[self.key]
+        if value is None:
+            return ""
+        if not isinstance(value, str):
+            raise ValueError(
+                f"{place()}: field {self.key!r} holds {type(value).__name__}, not text; name the field that holds the "
+                "document with data.text_key."
+            )
+        return value
+
+
+def check_field(field: RowField, names: Iterable[str], place: Callable[[], str]) -> None:
+    """Raises ValueError, naming `place()`, when `names` do not have the field."""
+    if field.key not in names:
         raise ValueError(
-            f"{place}: field {text_key!r} holds {type(value).__name__}, not text; name the field that holds the "
-            "document with data.text_key."
+            f"{place()} has no field {field.key!r}, its fields are {sorted(names)}; "
+            f"name the one that holds the {field.what} with {field.setting}."
         )
-    return value
 
 
 def open_source(config: DataConfig) -> DocumentSource | DocumentStream:
@@ -110,13 +151,17 @@ def open_source(config: DataConfig) -> DocumentSource | DocumentStream:
         raise ValueError(
             f"data.streaming=true works only with data.source=hf, not {config.source!r}; set data.streaming=false."
         )
+    conversations = config.format == "conversations"
+    field = MessagesField(config.messages_key) if conversations else TextField(config.text_key)
     # The two below import `datasets` and pyarrow, which take a second that the standard library does not need.
     if config.source == "text":
         from qlatrain.data.text_files import TextSource
 
-        return TextSource(list(config.files), config.text_key)
+        return TextSource(list(config.files), field)
     if config.source == "hf":
         from qlatrain.data.huggingface import open_dataset
 
-        return open_dataset(config.dataset, config.dataset_config, config.split, config.streaming, config.text_key)
+        return open_dataset(config.dataset, config.dataset_config, config.split, config.streaming, field)
+    if conversations:
+        raise ValueError("data.source=stdlib holds no conversations; use data.source=text or hf.")
     return StdlibSource()

@@ -9,12 +9,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import asdict, replace
 
+from qlatrain.data.conversation_packing import TokenisedConversation
+from qlatrain.data.conversations import TextOrConversation
+from qlatrain.data.formats import Format, is_empty
 from qlatrain.data.order import IndexedOrder, StreamedOrder
-from qlatrain.data.packing import Document, PackedBatch, Packer, Position, Row, StreamPosition
-from qlatrain.data.tokenizer import Tokenizer
+from qlatrain.data.packing import Counts, Document, PackedBatch, Position, Row, StreamPosition
 
 IN_FLIGHT = 4  # documents a worker may be ahead; with one global batch of rows, all that is held read
 
@@ -27,28 +28,25 @@ class TrainStream:
     statement or call `close`.
 
     Raises:
-        ValueError: the training documents together do not fill one row.
+        ValueError: the training documents give no row.
     """
 
-    def __init__(
-        self,
-        order: IndexedOrder | StreamedOrder,
-        tokenizer: Tokenizer,
-        sequence_length: int,
-        interleave: int,
-        workers: int,
-    ):
+    def __init__(self, order: IndexedOrder | StreamedOrder, form: Format, workers: int):
         self._order = order
-        self._tokenizer = tokenizer
-        self._sequence_length = sequence_length
-        self._interleave = interleave
-        self._check_one_row()
+        self._format = form
+        form.check(order.train_documents())
         self._workers = workers
         self._readers = ThreadPoolExecutor(workers, "qlatrain-read") if workers else None
         self._packing = ThreadPoolExecutor(1, "qlatrain-pack") if workers else None
         self._filling: Future | None = None
         self._stopping = False  # tells the packing thread to leave off
-        self._start(StreamPosition.beginning(interleave))
+        self._counts = Counts()
+        self._start(form.beginning)
+
+    @property
+    def counts(self) -> Counts:
+        """Of the rows handed out since the beginning, over all processes; a resumed stream counts on."""
+        return self._counts
 
     def next_global_batch(
         self, global_rows: int, rank: int = 0, world_size: int = 1, micro_rows: int | None = None
@@ -74,6 +72,7 @@ class TrainStream:
         self._fill(global_rows)
         rows = [self._rows.popleft() for _ in range(global_rows)]
         self._position = rows[-1].end
+        self._counts = sum((row.counts for row in rows), self._counts)
         if self._packing is not None:
             self._filling = self._packing.submit(self._fill, global_rows)
         first = rank * per_rank
@@ -81,7 +80,7 @@ class TrainStream:
 
     def state_dict(self) -> dict:
         """The position after the last global batch handed out: JSON-able, its size independent of the data's."""
-        return {**pack_position(self._position), "corpus": self._corpus()}
+        return {**pack_position(self._position), "counts": asdict(self._counts), "corpus": self._corpus()}
 
     def load_state_dict(self, state: dict) -> None:
         """Go on from `state`, to the same document and token, with any number of workers and processes.
@@ -102,11 +101,12 @@ class TrainStream:
             )
         self._halt()
         self._stopping = False
+        self._counts = Counts(**state.get("counts", {}))  # checkpoints were written before there were any
         self._start(unpack_position(state))
 
     def documents(self, max_bytes: int | None = None) -> Iterator[str]:
-        """The training documents once, in a fixed order: together at most `max_bytes` UTF-8 bytes when given."""
-        return bounded(self._order.train_texts(), max_bytes)
+        """The text of the training documents once, in a fixed order: at most `max_bytes` UTF-8 bytes when given."""
+        return bounded(map(self._format.text, self._order.train_documents()), max_bytes)
 
     def close(self) -> None:
         """End the threads. Nothing can be read afterwards."""
@@ -123,28 +123,23 @@ class TrainStream:
 
     def _corpus(self) -> dict:
         """What the order of tokens depends on. Not the row length: a position is valid for rows of any length."""
-        return {
-            **self._order.description,
-            "interleave": self._interleave,
-            "tokenizer": Path(self._tokenizer.name).name,  # without its folder, which may move
-            "tokenizer_vocab_size": self._tokenizer.vocab_size,
-        }
+        return {**self._order.description, **self._format.description}
 
     def _start(self, position: StreamPosition) -> None:
         self._position = position
         self._rows: deque[Row] = deque()
         places = [at for at in position.opened if at is not None]
-        texts = iter(self._order.texts_at(places))
-        opened = [at and Document(replace(at, offset=0), self._tokenizer.encode(next(texts))) for at in position.opened]
+        documents = iter(self._order.documents_at(places))
+        opened = [at and self._format.tokenise(replace(at, offset=0), next(documents)) for at in position.opened]
         walk = self._order.walk(position.following)
         tokenised = in_order(self._tokenise, walk, self._readers, IN_FLIGHT * self._workers)
-        documents = (document for document in tokenised if document is not None)
-        self._packer = Packer(documents, self._sequence_length, position, opened)
+        self._packer = self._format.packer((one for one in tokenised if one is not None), position, opened)
 
-    def _tokenise(self, item: tuple[Position, Callable[[], str]]) -> Document | None:
+    def _tokenise(
+        self, item: tuple[Position, Callable[[], TextOrConversation]]
+    ) -> Document | TokenisedConversation | None:
         position, read = item
-        text = read()
-        return None if is_empty(text) else Document(position, self._tokenizer.encode(text))
+        return self._format.tokenise(position, read())
 
     def _fill(self, count: int) -> None:
         """Have `count` rows ready. Runs in one thread at a time: the caller's, or the packing one's."""
@@ -166,17 +161,6 @@ class TrainStream:
         self._stopping = True
         with suppress(Exception):  # an error in rows that nobody asked for
             self._wait()
-
-    def _check_one_row(self) -> None:
-        tokens = 0
-        for text in self.documents():
-            tokens += len(self._tokenizer.encode(text))
-            if tokens >= self._sequence_length:
-                return
-        raise ValueError(
-            f"The training documents hold {tokens} tokens, less than one row of "
-            f"data.sequence_length={self._sequence_length}; add documents or shorten the row."
-        )
 
 
 def pack_position(position: StreamPosition) -> dict:
@@ -232,11 +216,6 @@ def in_order(function: Callable, items: Iterable, executor: ThreadPoolExecutor |
     finally:
         for future in pending:
             future.cancel()
-
-
-def is_empty(text: str) -> bool:
-    """True when there is nothing to learn from: no characters, or only white space."""
-    return not text or text.isspace()
 
 
 def bounded(texts: Iterable[str], max_bytes: int | None) -> Iterator[str]:

@@ -1,5 +1,7 @@
 """Documents in the user's own files: .txt (one document a file), .jsonl (one a line), .parquet (one a row).
 
+A document is text or, in .jsonl and .parquet, a conversation.
+
 Nothing is held in memory but where each document begins: a jsonl line is found by its byte offset, and parquet
 is converted once, by `datasets`, to a memory-mapped table in its cache, since a parquet file can only be read a
 whole row group at a time.
@@ -8,13 +10,15 @@ whole row group at a time.
 import glob
 import json
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from qlatrain.data.sources import checked_text, digest
+from qlatrain.data.conversations import TextOrConversation, without_nulls
+from qlatrain.data.sources import RowField, check_field, digest
 
-ENDINGS = (".txt", ".jsonl", ".parquet")
 SCAN_BYTES = 1 << 24  # of a jsonl file at a time, when its lines are indexed
 
 
@@ -23,34 +27,35 @@ class TextSource:
 
     Args:
         files: paths or globs; `~` and `**` are understood. A file named twice is read once.
-        text_key: the field of .jsonl and .parquet rows that holds the document.
+        field: the field of .jsonl and .parquet rows that holds the document.
 
     Raises:
-        ValueError: a file is missing, a glob matches nothing, an ending is unknown, a row has no `text_key`, or
+        ValueError: a file is missing, a glob matches nothing, an ending is unknown, a row has no such field, or
             there are no documents. Rows after the first of a file are looked at when they are read.
     """
 
-    def __init__(self, files: list[str], text_key: str = "text"):
+    def __init__(self, files: list[str], field: RowField):
         if not files:
-            raise ValueError("data.source=text needs data.files: a list of .txt, .jsonl or .parquet paths or globs.")
+            endings = ", ".join(field.endings)
+            raise ValueError(f"data.source=text needs data.files: a list of paths or globs of {endings}.")
         openers = {".txt": lambda path, _: TxtFile(path), ".jsonl": JsonlFile, ".parquet": ParquetFile}
-        self.parts = [openers[path.suffix](path, text_key) for path in expand(files)]
+        self.parts = [openers[path.suffix](path, field) for path in expand(files, field)]
         self.ends = np.cumsum([len(part) for part in self.parts])
         if not len(self):
             raise ValueError(f"data.files={files} hold no documents: every file is empty.")
         # Names without folders: a corpus that was moved is still the same corpus.
         sizes = [(part.path.name, part.path.stat().st_size) for part in self.parts]
-        self.description = {"source": "text", "files": digest(sizes), "text_key": text_key}
+        self.description = {"source": "text", "files": digest(sizes), **field.description}
 
     def __len__(self) -> int:
         return int(self.ends[-1])
 
-    def __getitem__(self, index: int) -> str:
+    def __getitem__(self, index: int) -> TextOrConversation:
         part = int(np.searchsorted(self.ends, index, side="right"))
         return self.parts[part][index - (int(self.ends[part - 1]) if part else 0)]
 
 
-def expand(files: list[str]) -> list[Path]:
+def expand(files: list[str], field: RowField) -> list[Path]:
     """The paths that `files` (paths and globs) mean, each once; errors as in `TextSource`."""
     paths: dict[str, Path] = {}
     for pattern in files:
@@ -65,21 +70,22 @@ def expand(files: list[str]) -> list[Path]:
             raise ValueError(f"data.files: {pattern!r} does not exist; check the path (relative to {os.getcwd()!r}).")
         for name in found:
             if os.path.isdir(name):
+                example = f"{pattern.rstrip('/')}/**/*{field.endings[0]}"
+                raise ValueError(f"data.files: {pattern!r} is a folder; name its files, e.g. {example!r}.")
+            if Path(name).suffix not in field.endings:
                 raise ValueError(
-                    f"data.files: {pattern!r} is a folder; name its files, e.g. {pattern.rstrip('/') + '/**/*.txt'!r}."
+                    f"data.files: {name!r} ends in none of {', '.join(field.endings)}; convert or rename it."
                 )
-            if Path(name).suffix not in ENDINGS:
-                raise ValueError(f"data.files: {name!r} ends in none of {', '.join(ENDINGS)}; convert or rename it.")
             paths.setdefault(os.path.realpath(name), Path(name))
     return list(paths.values())
 
 
-def decode(content: bytes, place: str) -> str:
-    """UTF-8 text with its line endings as they are; ValueError naming `place` and the first bad byte."""
+def decode(content: bytes, place: Callable[[], str]) -> str:
+    """UTF-8 text with its line endings as they are; ValueError naming `place()` and the first bad byte."""
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{place} is not UTF-8 at byte {error.start}; convert it to UTF-8.") from error
+        raise ValueError(f"{place()} is not UTF-8 at byte {error.start}; convert it to UTF-8.") from error
 
 
 class TxtFile:
@@ -93,44 +99,41 @@ class TxtFile:
         return self.length
 
     def __getitem__(self, index: int) -> str:
-        return decode(self.path.read_bytes(), str(self.path))
+        return decode(self.path.read_bytes(), partial(str, self.path))
 
 
 class JsonlFile:
     """One document a line; empty lines are not documents. Holds 16 bytes a line in memory."""
 
-    def __init__(self, path: Path, text_key: str):
+    def __init__(self, path: Path, field: RowField):
         self.path = path
-        self.text_key = text_key
+        self.field = field
         self.starts, self.ends = line_spans(path)
         if len(self):
-            self[0]  # a wrong text_key is met now rather than in the middle of a run
+            self[0]  # a wrong field is met now rather than in the middle of a run
 
     def __len__(self) -> int:
         return len(self.starts)
 
-    def __getitem__(self, index: int) -> str:
+    def __getitem__(self, index: int) -> TextOrConversation:
         start, end = int(self.starts[index]), int(self.ends[index])
         with open(self.path, "rb") as file:  # opened each time: threads share no file position
             file.seek(start)
             line = file.read(end - start)
         if line.isspace():
             return ""
+        place = partial(self._place, start)
         try:
-            row = json.loads(decode(line, self._place(start)))
+            row = json.loads(decode(line, place))
         except json.JSONDecodeError as error:
             raise ValueError(
-                f"{self._place(start)} is not JSON: {error.msg} at column {error.colno}; "
+                f"{place()} is not JSON: {error.msg} at column {error.colno}; "
                 "mend it, every line must be one JSON object."
             ) from error
         if not isinstance(row, dict):
-            raise ValueError(f"{self._place(start)} is a JSON {type(row).__name__}; every line must be a JSON object.")
-        if self.text_key not in row:
-            raise ValueError(
-                f"{self._place(start)} has no field {self.text_key!r}, its fields are {sorted(row)}; "
-                "name the one that holds the document with data.text_key."
-            )
-        return checked_text(row[self.text_key], self._place(start), self.text_key)
+            raise ValueError(f"{place()} is a JSON {type(row).__name__}; every line must be a JSON object.")
+        check_field(self.field, row, place)
+        return self.field.document(row, place)
 
     def _place(self, start: int) -> str:
         """`file:line` of the line that begins at byte `start`; counted only when there is an error to report."""
@@ -158,27 +161,23 @@ def line_spans(path: Path) -> tuple[np.ndarray, np.ndarray]:
 class ParquetFile:
     """One document a row."""
 
-    def __init__(self, path: Path, text_key: str):
+    def __init__(self, path: Path, field: RowField):
         import pyarrow as pa
         import pyarrow.parquet
         from datasets import Dataset
         from datasets.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
         self.path = path
-        self.text_key = text_key
+        self.field = field
         try:
-            columns = pa.parquet.read_schema(path).names
+            names = pa.parquet.read_schema(path).names
         except (pa.ArrowInvalid, OSError) as error:
             raise ValueError(f"{path} is not a parquet file that can be read: {first_line(error)}") from error
-        if text_key not in columns:
-            raise ValueError(
-                f"{path} has no field {text_key!r}, its fields are {sorted(columns)}; "
-                "name the one that holds the document with data.text_key."
-            )
+        check_field(field, names, partial(str, path))
         shown = is_progress_bar_enabled()
         disable_progress_bar()
         try:
-            self.rows = Dataset.from_parquet(str(path), columns=[text_key])
+            self.rows = Dataset.from_parquet(str(path), columns=field.columns(names))
         finally:
             if shown:
                 enable_progress_bar()
@@ -186,8 +185,13 @@ class ParquetFile:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> str:
-        return checked_text(self.rows[index][self.text_key], f"{self.path}, row {index}", self.text_key)
+    def __getitem__(self, index: int) -> TextOrConversation:
+        return self.field.document(table_row(self.rows[index], self.field), lambda: f"{self.path}, row {index}")
+
+
+def table_row(row: dict, field: RowField) -> dict:
+    """What `field` reads of a row of a table, without the keys inside it that hold null."""
+    return {name: without_nulls(row[name]) for name in field.columns(list(row))}
 
 
 def first_line(error: BaseException) -> str:

@@ -4,10 +4,14 @@ A document becomes [bos] + ids + [eos]. Text never becomes a control id: a docum
 `<|eos|>` is tokenised as those characters.
 """
 
+from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 BYTES_BOS, BYTES_EOS = "<|bos|>", "<|eos|>"
 
@@ -32,21 +36,30 @@ class Tokenizer(Protocol):
     def count_bytes(self, ids: np.ndarray) -> int:
         """UTF-8 bytes of the text of `ids`; control ids have none."""
 
+    @property
+    def hugging_face(self) -> "PreTrainedTokenizerBase":
+        """The same in transformers, with its chat template. Not safe to call from several threads."""
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Write what `transformers.AutoTokenizer.from_pretrained(folder)` opens."""
 
 
-def load_tokenizer(name: str) -> Tokenizer:
-    """`bytes`, or a Hugging Face tokenizer by path or name.
+def load_tokenizer(name: str, chat_template: str | None = None) -> Tokenizer:
+    """`bytes`, or a Hugging Face tokenizer by path or name; with `chat_template`, Jinja, in place of its own.
 
     Raises:
         ValueError: it cannot be opened.
     """
-    return BytesTokenizer() if name == "bytes" else HuggingFaceTokenizer(name)
+    return BytesTokenizer(chat_template) if name == "bytes" else HuggingFaceTokenizer(name, chat_template)
 
 
-def check_vocab(tokenizer: Tokenizer, model_vocab_size: int) -> None:
-    """Raise ValueError when the tokenizer has ids that the model has no embedding for."""
+def check_vocab(tokenizer: Tokenizer, model_vocab_size: int, checkpoint: str | None = None) -> None:
+    """Raise ValueError when the tokenizer has ids that the model, new or from `checkpoint`, has no embedding for."""
+    if tokenizer.vocab_size > model_vocab_size and checkpoint is not None:
+        raise ValueError(
+            f"data.tokenizer={tokenizer.name!r} has {tokenizer.vocab_size} tokens, more than the {model_vocab_size} "
+            f"that init.checkpoint={checkpoint!r} has embeddings for; leave data.tokenizer out to take its own."
+        )
     if tokenizer.vocab_size > model_vocab_size:
         raise ValueError(
             f"model.vocab_size={model_vocab_size} is smaller than the {tokenizer.vocab_size} tokens of "
@@ -61,6 +74,9 @@ class BytesTokenizer:
     vocab_size = 258
     bos_id = 256
     eos_id = 257
+
+    def __init__(self, chat_template: str | None = None):
+        self._chat_template = chat_template
 
     def encode(self, text: str) -> np.ndarray:
         return self._join(text, self.eos_id)
@@ -80,8 +96,9 @@ class BytesTokenizer:
     def count_bytes(self, ids: np.ndarray) -> int:
         return int((ids < 256).sum())
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write it as a byte-level BPE without merges: the same ids, with no code of ours."""
+    @cached_property
+    def hugging_face(self) -> "PreTrainedTokenizerBase":
+        """A byte-level BPE without merges: the same ids, with no code of ours."""
         from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
         from tokenizers import Tokenizer as Backend
         from transformers import PreTrainedTokenizerFast
@@ -95,9 +112,14 @@ class BytesTokenizer:
         backend.post_processor = processors.TemplateProcessing(
             single=f"{BYTES_BOS} $A", pair=f"{BYTES_BOS} $A $B", special_tokens=[(BYTES_BOS, self.bos_id)]
         )
-        PreTrainedTokenizerFast(
+        opened = PreTrainedTokenizerFast(
             tokenizer_object=backend, bos_token=BYTES_BOS, eos_token=BYTES_EOS, clean_up_tokenization_spaces=False
-        ).save_pretrained(str(folder))
+        )
+        opened.chat_template = self._chat_template
+        return opened
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        self.hugging_face.save_pretrained(str(folder))
 
 
 def byte_level_alphabet() -> list[str]:
@@ -114,27 +136,29 @@ class HuggingFaceTokenizer:
     """A tokenizer of transformers. One with only an eos begins documents with it as well, so that the first real
     token is predicted too; one with neither bos nor eos gets no control ids."""
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, chat_template: str | None = None):
         from tokenizers import Tokenizer as Backend
         from transformers import AutoTokenizer
 
         try:
-            self._hf = AutoTokenizer.from_pretrained(str(Path(name).expanduser()), trust_remote_code=False)
+            self.hugging_face = AutoTokenizer.from_pretrained(str(Path(name).expanduser()), trust_remote_code=False)
         except Exception as error:  # OSError, ValueError, ImportError, JSON errors...: one meaning for the user
             lines = str(error).strip().splitlines() or [type(error).__name__]
             raise ValueError(
                 f"data.tokenizer={name!r} could not be opened: {lines[0]} Use 'bytes', the name of a tokenizer on "
                 "the Hugging Face hub, or a folder that holds one."
             ) from error
+        if chat_template is not None:
+            self.hugging_face.chat_template = chat_template
         self.name = name
-        self.vocab_size = max(len(self._hf), max(self._hf.get_vocab().values(), default=-1) + 1)
-        self.eos_id = self._hf.eos_token_id
-        self.bos_id = self.eos_id if self._hf.bos_token_id is None else self._hf.bos_token_id
+        self.vocab_size = max(len(self.hugging_face), max(self.hugging_face.get_vocab().values(), default=-1) + 1)
+        self.eos_id = self.hugging_face.eos_token_id
+        self.bos_id = self.eos_id if self.hugging_face.bos_token_id is None else self.hugging_face.bos_token_id
         # Our own copy of the Rust tokenizer, set up once: transformers changes its settings from call to call,
         # which threads cannot share.
         self._backend = None
-        if getattr(self._hf, "backend_tokenizer", None) is not None:
-            self._backend = Backend.from_str(self._hf.backend_tokenizer.to_str())
+        if getattr(self.hugging_face, "backend_tokenizer", None) is not None:
+            self._backend = Backend.from_str(self.hugging_face.backend_tokenizer.to_str())
             self._backend.no_truncation()
             self._backend.no_padding()
             self._backend.encode_special_tokens = True  # special tokens in a text are text
@@ -150,16 +174,16 @@ class HuggingFaceTokenizer:
         if self._backend is not None:
             ids = self._backend.encode(text, add_special_tokens=False).ids
         else:
-            ids = self._hf.encode(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
+            ids = self.hugging_face.encode(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
         before = [] if self.bos_id is None else [self.bos_id]
         return np.array(before + ids + after, dtype=np.int32)
 
     def decode(self, ids: np.ndarray | list[int]) -> str:
         ids = np.asarray(ids).tolist()
-        return self._hf.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return self.hugging_face.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def count_bytes(self, ids: np.ndarray) -> int:
         return len(self.decode(ids).encode("utf-8"))
 
     def save_pretrained(self, folder: str | Path) -> None:
-        self._hf.save_pretrained(str(folder))
+        self.hugging_face.save_pretrained(str(folder))

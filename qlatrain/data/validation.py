@@ -2,21 +2,18 @@
 
 from collections.abc import Iterator
 
-import numpy as np
-
+from qlatrain.data.formats import Format
 from qlatrain.data.order import IndexedOrder, StreamedOrder
-from qlatrain.data.packing import IGNORE_INDEX, Document, PackedBatch, Packer, Position, Row, StreamPosition
+from qlatrain.data.packing import IGNORE_INDEX, Counts, PackedBatch, Row
 from qlatrain.data.stream import bounded
-from qlatrain.data.tokenizer import Tokenizer
 
 
 class ValidationSet:
     """The documents that training never sees, in a fixed order, cut after a number of rows."""
 
-    def __init__(self, order: IndexedOrder | StreamedOrder, tokenizer: Tokenizer, sequence_length: int):
+    def __init__(self, order: IndexedOrder | StreamedOrder, form: Format):
         self._order = order
-        self._tokenizer = tokenizer
-        self._sequence_length = sequence_length
+        self._format = form
         self._packed: tuple[int, list[Row], int] | None = None
 
     def batches(self, rows: int, micro_rows: int, rank: int = 0, world_size: int = 1) -> list[PackedBatch]:
@@ -36,11 +33,11 @@ class ValidationSet:
         result = []
         for step in range(0, len(packed), micro_rows * world_size):
             first = step + micro_rows * rank
-            result.append(PackedBatch.from_rows(packed[first : first + micro_rows] or [self._padding()]))
+            result.append(PackedBatch.from_rows(packed[first : first + micro_rows] or [self._format.padding()]))
         return result
 
     def bytes_per_token(self, rows: int) -> float:
-        """UTF-8 bytes of the text in those rows over their targets: bits per byte = nll / ln 2 / bytes_per_token.
+        """UTF-8 bytes of the targets in those rows over their number: bits per byte = nll / ln 2 / bytes_per_token.
 
         nll is the mean negative log-likelihood of a target, in nats.
         """
@@ -50,39 +47,23 @@ class ValidationSet:
             raise ValueError("The held-out documents have no token to predict: each is one token; use longer ones.")
         return text_bytes / targets
 
+    def counts(self, rows: int) -> Counts:
+        """What became of the held-out conversations on their way into those rows."""
+        packed, _ = self._pack(rows)
+        return sum((row.counts for row in packed), Counts())
+
     def documents(self, max_bytes: int | None = None) -> Iterator[str]:
-        """The held-out documents once, in the same order: together at most `max_bytes` UTF-8 bytes when given."""
-        return bounded(self._order.validation_texts(), max_bytes)
+        """The text of the held-out documents once, in the same order: at most `max_bytes` UTF-8 bytes when given."""
+        return bounded(map(self._format.text, self._order.validation_documents()), max_bytes)
 
     def _pack(self, rows: int) -> tuple[list[Row], int]:
-        """(rows, UTF-8 bytes of the text in them). Kept, as every evaluation asks for the same."""
+        """(rows, UTF-8 bytes of their targets). Kept, as every evaluation asks for the same."""
         if self._packed is None or self._packed[0] != rows:
-            taken: list[Document] = []
-            text_bytes = 0
-
-            def documents() -> Iterator[Document]:
-                nonlocal text_bytes
-                for text in self.documents():
-                    taken.append(Document(Position(document=len(taken)), self._tokenizer.encode(text)))
-                    text_bytes += len(text.encode("utf-8", errors="replace"))
-                    yield taken[-1]
-
-            packer = Packer(documents(), self._sequence_length, StreamPosition.beginning(1))
-            packed = [row for _ in range(rows) if (row := packer.next_row()) is not None]
+            packed, text_bytes = self._format.validation_rows(self._order.validation_documents(), rows)
             if not packed:
                 raise ValueError(
                     "No document with text is held out; raise data.validation_fraction, or set it to 0 to train "
                     "without validation."
                 )
-            (within,) = packer.position.opened
-            if within is not None:  # the last row ends within a document: its targets go one token further
-                tokens = taken[-1].tokens
-                read = self._tokenizer.count_bytes(tokens[: within.offset + 1])
-                text_bytes -= self._tokenizer.count_bytes(tokens) - read
             self._packed = rows, packed, text_bytes
         return self._packed[1:]
-
-    def _padding(self) -> Row:
-        """A row without targets: one whole row, the shape that every layer has met already."""
-        ids = np.full(self._sequence_length, self._tokenizer.eos_id or 0, dtype=np.int32)
-        return Row(ids, np.full_like(ids, IGNORE_INDEX), [len(ids)], StreamPosition.beginning(1))

@@ -19,6 +19,7 @@ from qlatrain.config import LAYER_KINDS, ModelConfig
 CHUNK = 64  # tokens a chunk of the Gated DeltaNet operator
 GDN_BACKWARD = 2.5  # backward products of the operator per forward product: five C×C×V or K×V products for every two
 MATMUL_BACKWARD = 2.0  # gradient of the input and of the weight
+FROZEN_BACKWARD = 1.0  # of the input alone
 
 COUNTED = (
     "linear projections and MLP: 2 x parameters per token; backward 2x",
@@ -102,14 +103,19 @@ class ParameterCounts:
 class FlopCounter:
     """Counts FLOPs and parameters of the model a `ModelConfig` describes, without building it.
 
+    adapter_parameters: numbers in low-rank updates, which alone are trained where there are some: no gradient of any
+        other weight is counted then.
     Raises `ValueError` for a kind of layer it has no rule for.
     """
 
-    def __init__(self, model_config: ModelConfig):
+    def __init__(self, model_config: ModelConfig, adapter_parameters: int = 0):
         kinds = model_config.layer_kinds
         if unknown := set(kinds) - set(LAYER_KINDS):
             raise ValueError(f"no FLOP rule for layer kinds {sorted(unknown)}; known kinds: {list(LAYER_KINDS)}")
-        self.parts = _parts(model_config, kinds.count("gdn"), kinds.count("attn"))
+        self.parts = _parts(model_config, kinds.count("gdn"), kinds.count("attn"), frozen=adapter_parameters > 0)
+        if adapter_parameters:
+            per_token = 2 * adapter_parameters
+            self.parts.append(Part("low-rank updates", len(kinds), adapter_parameters, per_token, MATMUL_BACKWARD))
         self._per_token = sum(p.flops_per_token * (1 + p.backward) for p in self.parts if not p.per_pair)
         self._per_pair = sum(p.flops_per_token * (1 + p.backward) for p in self.parts if p.per_pair)
 
@@ -142,7 +148,7 @@ class FlopCounter:
 
     @property
     def parameters(self) -> ParameterCounts:
-        """Trainable parameters: all, the embedding table, an untied output head, and the rest."""
+        """Parameters: all, the embedding table, an untied output head, and the rest."""
         by_name = {p.name: p.parameters for p in self.parts}
         total = sum(by_name.values())
         embedding, head = by_name["embedding"], by_name["output head"]
@@ -162,8 +168,14 @@ def _tokens_and_pairs(document_lengths: Sequence[int]) -> tuple[int, int]:
     return int(lengths.sum()), int((lengths * (lengths + 1) // 2).sum())
 
 
-def _parts(c: ModelConfig, gdn: int, attn: int) -> list[Part]:
-    """Every part of a model with `gdn` Gated DeltaNet layers and `attn` gated attention layers."""
+def _parts(c: ModelConfig, gdn: int, attn: int, frozen: bool) -> list[Part]:
+    """Every part of a model with `gdn` Gated DeltaNet layers and `attn` full attention layers.
+
+    Architectures differ in attention alone: that of olmo_hybrid has no output gate and norms all heads at once. What
+    Qwen projects to q, k and v at once olmo_hybrid does with three matrices of the same size together.
+
+    frozen: no weight is trained.
+    """
     hidden, layers = c.hidden_size, gdn + attn
 
     key_dim = c.linear_num_key_heads * c.linear_key_head_dim
@@ -177,10 +189,13 @@ def _parts(c: ModelConfig, gdn: int, attn: int) -> list[Part]:
     gdn_small = 2 * c.linear_num_value_heads + c.linear_value_head_dim  # A_log, dt_bias, output norm
 
     query_dim, kv_dim = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    attn_proj = hidden * (2 * query_dim + 2 * kv_dim) + query_dim * hidden  # q_proj holds the output gate too
-    attn_small = 2 * c.head_dim  # q_norm, k_norm
+    if c.architecture == "olmo_hybrid":
+        projected, attn_small = query_dim + 2 * kv_dim, query_dim + kv_dim  # q, k, v; q_norm, k_norm
+    else:
+        projected, attn_small = 2 * query_dim + 2 * kv_dim, 2 * c.head_dim  # q_proj holds the output gate too
+    attn_proj = hidden * projected + query_dim * hidden
     if c.attention_bias:
-        attn_small += 2 * query_dim + 2 * kv_dim + hidden
+        attn_small += projected + hidden
     scores = 2 * 2 * query_dim  # per pair: Q Kᵀ and P V
 
     mlp = 3 * hidden * c.intermediate_size
@@ -188,14 +203,14 @@ def _parts(c: ModelConfig, gdn: int, attn: int) -> list[Part]:
     norms = (2 * layers + 1) * hidden
     small = gdn * gdn_small + attn * attn_small + norms
 
-    m = MATMUL_BACKWARD
+    m = FROZEN_BACKWARD if frozen else MATMUL_BACKWARD
     return [
         Part("embedding", 1, vocabulary, 0, m),
         Part("GDN projections", gdn, gdn * gdn_proj, gdn * 2 * gdn_proj, m),
         Part("GDN short convolution", gdn, gdn * conv, gdn * 2 * conv, m),
         Part("GDN operator", gdn, 0, gdn * gdn_operator, GDN_BACKWARD),
         Part("attention projections", attn, attn * attn_proj, attn * 2 * attn_proj, m),
-        Part("attention scores", attn, 0, attn * scores, m, per_pair=True),
+        Part("attention scores", attn, 0, attn * scores, MATMUL_BACKWARD, per_pair=True),
         Part("MLP", layers, layers * mlp, layers * 2 * mlp, m),
         Part("norms, decay, biases", layers, small, 0, m),
         Part("output head", 1, 0 if c.tie_word_embeddings else vocabulary, 2 * vocabulary, m),

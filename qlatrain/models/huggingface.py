@@ -1,149 +1,211 @@
-"""The model as a Hugging Face checkpoint: `config.json` and `model.safetensors` under the names of `qwen3_5_text`.
+"""The model as a Hugging Face checkpoint: `config.json` and safetensors, in one file or in shards.
 
-What is written opens with `AutoModelForCausalLM.from_pretrained` without our code. The one exception is
-`allow_neg_eigval`, which that architecture cannot express: such a checkpoint carries a model type of its own, so that
-transformers refuses it rather than compute something else.
+Read and written are the families of `hf_config.py`, under the names of `weight_names.py`. What is written opens with
+transformers' `from_pretrained` without our code; the one exception is Qwen with `allow_neg_eigval`.
 """
 
 import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from torch import nn
 
 from qlatrain.config import KernelConfig, ModelConfig
+from qlatrain.models.hf_config import from_hf_config, kept_config, read_config, text_config
 from qlatrain.models.hybrid import HybridForCausalLM
+from qlatrain.models.layers import DeltaRuleMixer
+from qlatrain.models.shards import FLOATS, INDEX, SINGLE, Pending, Stored, read_headers, read_tensors, write_shards
+from qlatrain.models.weight_names import is_beside_the_text, parameter_of, stored_as
 
-MODEL_TYPE = "qwen3_5_text"
-MODEL_TYPE_NEG_EIGVAL = "qlatrain_neg_eigval"
-LAYER_TYPES = {"gdn": "linear_attention", "attn": "full_attention"}
-SAME_NAME = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "attention_bias",
-    "linear_num_key_heads",
-    "linear_num_value_heads",
-    "linear_key_head_dim",
-    "linear_value_head_dim",
-    "linear_conv_kernel_dim",
-    "rms_norm_eps",
-    "initializer_range",
-    "tie_word_embeddings",
-    "max_position_embeddings",
-)
-
-
-def to_hf_config(config: ModelConfig, bos_token_id: int | None = None, eos_token_id: int | None = None) -> dict:
-    """The content of `config.json`."""
-    return {
-        "architectures": ["Qwen3_5ForCausalLM"],
-        "model_type": MODEL_TYPE_NEG_EIGVAL if config.allow_neg_eigval else MODEL_TYPE,
-        **{name: getattr(config, name) for name in SAME_NAME},
-        "layer_types": [LAYER_TYPES[kind] for kind in config.layer_kinds],
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": config.rope_theta,
-            "partial_rotary_factor": config.partial_rotary_factor,
-        },
-        "hidden_act": "silu",
-        "attention_dropout": 0.0,
-        "use_cache": True,
-        "bos_token_id": bos_token_id,
-        "eos_token_id": eos_token_id,
-        "dtype": "float32",
-        **({"allow_neg_eigval": True} if config.allow_neg_eigval else {}),
-    }
-
-
-def from_hf_config(hf: dict, name: str) -> ModelConfig:
-    """Raises ValueError for another family or for an option that this model does not have."""
-    if hf.get("model_type") not in (MODEL_TYPE, MODEL_TYPE_NEG_EIGVAL):
-        raise ValueError(f"{name} holds a model of type {hf.get('model_type')!r}; give one of type {MODEL_TYPE!r}")
-    if hf.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"{name} uses hidden_act={hf['hidden_act']!r}; only 'silu' is supported")
-    rope = hf.get("rope_parameters") or {}
-    if rope.get("rope_type", "default") != "default":
-        raise ValueError(f"{name} uses rope_type={rope['rope_type']!r}; only 'default' is supported")
-    absent = [key for key in ("layer_types", *SAME_NAME) if key not in hf]
-    if absent:
-        raise ValueError(f"{name}: config.json lacks {', '.join(absent)}")
-    kinds = {theirs: ours for ours, theirs in LAYER_TYPES.items()}
-    unknown = sorted(set(hf["layer_types"]) - kinds.keys())
-    if unknown:
-        raise ValueError(f"{name} has layers of type {', '.join(unknown)}; only {', '.join(kinds)} are supported")
-    return ModelConfig(
-        name=name,
-        layer_pattern=[kinds[kind] for kind in hf["layer_types"]],
-        rope_theta=rope.get("rope_theta", 10_000.0),
-        partial_rotary_factor=rope.get("partial_rotary_factor", 0.25),
-        allow_neg_eigval=hf["model_type"] == MODEL_TYPE_NEG_EIGVAL,
-        **{key: hf[key] for key in SAME_NAME},
-    )
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+MAX_SHARD_BYTES = 5_000_000_000
 
 
 def weights(model: HybridForCausalLM) -> dict[str, torch.Tensor]:
     """Name → tensor, each storage once: a tied head is left out, as transformers does."""
     state = model.state_dict()
     if model.config.tie_word_embeddings:
-        del state["lm_head.weight"]
+        del state[HEAD]
     return {name: tensor.detach().contiguous() for name, tensor in state.items()}
 
 
-def save_pretrained(
-    model: HybridForCausalLM, folder: str | Path, bos_token_id: int | None = None, eos_token_id: int | None = None
-) -> None:
-    """Writes `config.json` and `model.safetensors` into `folder`. The caller makes the whole folder atomic."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    config = to_hf_config(model.config, bos_token_id, eos_token_id)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    save_file(weights(model), folder / "model.safetensors", metadata={"format": "pt"})
+def from_pretrained(
+    path: str | Path,
+    kernel: KernelConfig | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> HybridForCausalLM:
+    """Opens what `save_pretrained` or transformers has written, of a family in `hf_config.py`.
 
+    Each tensor goes from its file to its place, so that host memory holds one shard at the most.
 
-def from_pretrained(folder: str | Path, kernel: KernelConfig | None = None) -> HybridForCausalLM:
-    """Opens what `save_pretrained`, or transformers for a `qwen3_5_text` model in one file, has written.
+    Args:
+        path: the folder.
+        kernel: which backend each operator runs.
+        device: where the parameters are to be.
+        dtype: of the parameters; float32 when None, whatever the files hold. `A_log` and `dt_bias` are always float32.
 
     Raises:
-        ValueError: not such a checkpoint, of another family, or with keys missing, left over or of another shape.
+        ValueError: not such a checkpoint, of another family, unreadable, or with tensors missing, left over or of
+            another shape, all of them listed; nothing has been loaded then.
     """
-    folder = Path(folder)
-    if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
-        raise ValueError(f"{folder} is not a checkpoint: it needs config.json and model.safetensors")
-    config = from_hf_config(json.loads((folder / "config.json").read_text()), str(folder))
-    model = HybridForCausalLM(config, kernel)
-    try:
-        with safe_open(folder / "model.safetensors", "pt") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except SafetensorError as error:
-        raise ValueError(f"{folder / 'model.safetensors'} cannot be read: {error}") from error
-    load_weights(model, state, str(folder))
+    folder, dtype = Path(path), dtype or torch.float32
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype={dtype} holds no fractions: give torch.float32 or torch.bfloat16")
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is not a checkpoint: it needs config.json and {SINGLE} (or {INDEX})")
+    hf = read_config(folder)
+    config = from_hf_config(hf, str(folder))
+    with torch.device("meta"):
+        model = HybridForCausalLM(config, kernel)
+    pieces = _pieces(read_headers(folder), hf["model_type"])
+    copied_head = pieces.pop(HEAD, None) if config.tie_word_embeddings else None
+    _refuse_misfit(
+        {name: list(x.shape) for name, x in weights(model).items()},
+        {name: _stacked_shape(held) for name, held in pieces.items()},
+        str(folder),
+        [f"{x.name} {x.dtype}" for held in pieces.values() for x in held if x.dtype not in FLOATS],
+    )
+    if copied_head:
+        _check_copied_head(copied_head[0], pieces[EMBEDDING][0], folder)
+    _materialise(model.to(dtype), device)
+    places = dict(_places(weights(model), pieces))
+    with torch.no_grad():
+        for stored, tensor in read_tensors(places, device):
+            places[stored].copy_(tensor)
+    model.checkpoint_config = text_config(hf, str(folder))
     return model
 
 
+def save_pretrained(
+    model: HybridForCausalLM,
+    folder: str | Path,
+    bos_token_id: int | None = None,
+    eos_token_id: int | None = None,
+    source: str | Path | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Writes `config.json` and the weights into `folder`. The caller makes the whole folder atomic.
+
+    Args:
+        model: a new one, or a loaded one, whose config is kept where it says more than `ModelConfig`.
+        folder: where to; tokenizer and image processor are the caller's to add.
+        bos_token_id, eos_token_id: the tokenizer's; None keeps those of a loaded checkpoint.
+        source: the checkpoint the model was loaded from. What it holds beside the text model (vision, MTP) is copied
+            from its files; without it a `qwen3_5` model becomes a `qwen3_5_text` checkpoint.
+        max_shard_bytes: larger models are written in several files.
+        dtype: of the tensors of the model; as they are when None. `A_log` and `dt_bias` are always float32.
+
+    Raises:
+        ValueError: `source` is the same folder, unreadable, or a checkpoint of another model.
+    """
+    folder = Path(folder)
+    kept, beside = model.checkpoint_config, []
+    if source is not None:
+        kept, beside = _source(model.config, Path(source), folder)
+    dtype_name = str(dtype or model.lm_head.weight.dtype).removeprefix("torch.")
+    config = kept_config(kept, model.config, bos_token_id, eos_token_id, dtype_name)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_shards(folder, [*_pending(model, config["model_type"], dtype), *beside], max_shard_bytes)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def trained_weights(model: HybridForCausalLM) -> dict[str, torch.Tensor]:
+    """As `weights`, without what asks for no gradient."""
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {name: tensor for name, tensor in weights(model).items() if name in trained}
+
+
 def load_weights(model: HybridForCausalLM, state: dict[str, torch.Tensor], source: str) -> None:
-    """Copies `state` into the model; nothing is loaded unless every name and shape fits.
+    """Copies `state` into what is trained of the model; nothing is loaded unless every name and shape fits.
 
     Raises:
         ValueError: listing all that is missing, left over or of another shape.
     """
-    own = weights(model)
-    missing = sorted(own.keys() - state.keys())
-    extra = sorted(state.keys() - own.keys())
-    shapes = [
-        f"{name} {list(state[name].shape)} for {list(own[name].shape)}"
-        for name in sorted(own.keys() & state.keys())
-        if own[name].shape != state[name].shape
-    ]
-    faults = [("missing", missing), ("left over", extra), ("of another shape", shapes)]
-    told = "; ".join(f"{what}: {', '.join(names)}" for what, names in faults if names)
-    if told:
-        raise ValueError(f"{source} does not fit the model: {told}")
+    own = trained_weights(model)
+    _refuse_misfit(*({name: list(x.shape) for name, x in held.items()} for held in (own, state)), source)
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(state[name])
+
+
+def _refuse_misfit(own: dict[str, list], found: dict[str, list], source: str, dtypes: Sequence[str] = ()) -> None:
+    both = sorted(own.keys() & found.keys())
+    faults = [
+        ("missing", sorted(own.keys() - found.keys())),
+        ("left over", sorted(found.keys() - own.keys())),
+        ("of another shape", [f"{name} {found[name]} for {own[name]}" for name in both if found[name] != own[name]]),
+        ("of a dtype that is not read", sorted(dtypes)),
+    ]
+    told = "; ".join(f"{what}: {', '.join(names)}" for what, names in faults if names)
+    if told:
+        raise ValueError(f"{source} does not fit the model: {told}")
+
+
+def _pieces(headers: dict[str, Stored], model_type: str) -> dict[str, list[Stored]]:
+    """Parameter → the tensors that make it up, in the order in which they are stacked along the first axis."""
+    placed: dict[str, list[tuple[int, Stored]]] = {}
+    for stored in headers.values():
+        if not is_beside_the_text(stored.name, model_type):
+            name, place = parameter_of(stored.name, model_type)
+            placed.setdefault(name, []).append((place, stored))
+    return {name: [x for _, x in sorted(held, key=lambda item: item[0])] for name, held in placed.items()}
+
+
+def _stacked_shape(held: list[Stored]) -> list:
+    shapes = [list(x.shape) for x in held]
+    if len(shapes) == 1:
+        return shapes[0]
+    if any(not shape or shape[1:] != shapes[0][1:] for shape in shapes):
+        return shapes
+    return [sum(shape[0] for shape in shapes), *shapes[0][1:]]
+
+
+def _check_copied_head(head: Stored, embedding: Stored, folder: Path) -> None:
+    """Some programs write a tied head a second time; that is fine as long as it says the same."""
+    if (head.shape, head.dtype) != (embedding.shape, embedding.dtype) or not torch.equal(head.read(), embedding.read()):
+        raise ValueError(f"{folder}: config.json ties the head to the embedding, but {HEAD} is not {EMBEDDING}")
+
+
+def _materialise(model: HybridForCausalLM, device: torch.device | str) -> None:
+    """Gives the parameters of a model on the meta device unset memory on `device`, a tied one once."""
+    for name, parameter in list(model.named_parameters()):
+        module, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(module), leaf, nn.Parameter(torch.empty_like(parameter, device=device)))
+    model.tie_head()
+
+
+def _places(own: dict[str, torch.Tensor], pieces: dict[str, list[Stored]]) -> Iterator[tuple[Stored, torch.Tensor]]:
+    """Each stored tensor with the part of the parameter it fills."""
+    for name, held in pieces.items():
+        if len(held) == 1:
+            yield held[0], own[name]
+        else:
+            yield from zip(held, own[name].split([x.shape[0] for x in held]), strict=True)
+
+
+def _pending(model: HybridForCausalLM, model_type: str, dtype: torch.dtype | None) -> Iterator[Pending]:
+    for name, whole in weights(model).items():
+        parts = stored_as(name, model.config, model_type)
+        kept = name.rpartition(".")[2] in DeltaRuleMixer.FLOAT32_PARAMETERS
+        to = whole.dtype if dtype is None or kept else dtype
+        rows = [len(whole) if rows is None else rows for _, rows in parts]
+        for (stored, _), tensor in zip(parts, whole.split(rows), strict=True):
+            yield Pending(stored, tensor.numel() * to.itemsize, partial(tensor.to, to))
+
+
+def _source(config: ModelConfig, source: Path, folder: Path) -> tuple[dict, list[Pending]]:
+    """The config of the source, and what it holds beside the text model; ValueError where that is another model."""
+    if source.resolve() == folder.resolve():
+        raise ValueError(f"source={source} is the folder to write, and is read meanwhile: write to another folder")
+    hf = read_config(source)
+    theirs, ours = asdict(from_hf_config(hf, config.name)), asdict(config) | {"layer_pattern": config.layer_kinds}
+    other = [f"{key} {theirs[key]} there, {value} here" for key, value in ours.items() if theirs[key] != value]
+    if other:
+        raise ValueError(f"source={source} is a checkpoint of another model ({'; '.join(other)})")
+    beside = [x for x in read_headers(source).values() if is_beside_the_text(x.name, hf["model_type"])]
+    return hf, [Pending(x.name, x.nbytes, x.read) for x in beside]

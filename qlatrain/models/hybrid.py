@@ -1,7 +1,10 @@
 """The hybrid decoder: layers that follow a pattern of Gated DeltaNet and full attention.
 
-Parameter names are those of transformers' `Qwen3_5ForCausalLM`, so that a checkpoint opens there as it is.
+Parameter names are those of transformers' `Qwen3_5ForCausalLM` or `OlmoHybridForCausalLM`.
 """
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +15,21 @@ from qlatrain.config import KernelConfig, ModelConfig
 from qlatrain.models.documents import Documents
 from qlatrain.models.initialization import initialize
 from qlatrain.models.layers import Block, RMSNorm, rotary_table
+from qlatrain.models.olmo_hybrid import OlmoRMSNorm, olmo_block
 
 LOGITS_AT_ONCE = 2**26  # elements of float32 logits held at a time: 256 MB
+
+
+class Architecture(NamedTuple):
+    block: Callable[..., nn.Module]  # (config, kind of layer, backend of the gated delta rule)
+    norm: Callable[..., nn.Module]  # (width, epsilon), in front of the head
+    float32_rotary: bool  # cosines and sines stay float32, rather than take the dtype of the hidden states
+
+
+ARCHITECTURES = {
+    "qwen3_5": Architecture(Block, RMSNorm, float32_rotary=False),
+    "olmo_hybrid": Architecture(olmo_block, OlmoRMSNorm, float32_rotary=True),
+}
 
 
 class HybridModel(nn.Module):
@@ -24,21 +40,28 @@ class HybridModel(nn.Module):
         self.config = config
         self.activation_checkpointing = False
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, kind, kernel.gated_delta_rule) for kind in config.layer_kinds)
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.architecture = ARCHITECTURES[config.architecture]
+        block, norm = self.architecture.block, self.architecture.norm
+        self.layers = nn.ModuleList(block(config, kind, kernel.gated_delta_rule) for kind in config.layer_kinds)
+        self.norm = norm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, input_ids: torch.Tensor, documents) -> torch.Tensor:
         x_BTD = self.embed_tokens(input_ids)
-        config = self.config
-        rotary = rotary_table(
-            documents.position_ids, config.head_dim, config.partial_rotary_factor, config.rope_theta, x_BTD.dtype
-        )
+        rotary = self.rotary(documents.position_ids, x_BTD.dtype)
         for layer in self.layers:
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x_BTD = checkpoint(layer, x_BTD, documents, rotary, use_reentrant=False)
             else:
                 x_BTD = layer(x_BTD, documents, rotary)
         return self.norm(x_BTD)
+
+    def rotary(self, position_ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The table of all layers; None for a model without positions."""
+        config = self.config
+        if config.rope_theta is None:
+            return None
+        dtype = torch.float32 if self.architecture.float32_rotary else dtype
+        return rotary_table(position_ids, config.head_dim, config.partial_rotary_factor, config.rope_theta, dtype)
 
 
 class HybridForCausalLM(nn.Module):
@@ -55,9 +78,14 @@ class HybridForCausalLM(nn.Module):
         self.config = config
         self.model = HybridModel(config, kernel or KernelConfig())
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.checkpoint_config: dict = {}  # of the checkpoint it was loaded from, for what `ModelConfig` does not hold
         if seed is not None:
             initialize(self, config, seed)
-        if config.tie_word_embeddings:
+        self.tie_head()
+
+    def tie_head(self) -> None:
+        """Makes the head the embedding itself where the config says so."""
+        if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(self, input_ids: torch.Tensor, documents=None, labels: torch.Tensor | None = None) -> torch.Tensor:

@@ -47,8 +47,8 @@ class ShortConvolution(nn.Module):
         return causal_conv1d(x_BTC, self.weight.squeeze(1), position_ids)
 
 
-class GatedDeltaNet(nn.Module):
-    """Token mixer with a matrix state for each value head (Yang et al. 2024, "Gated Delta Networks").
+class DeltaRuleMixer(nn.Module):
+    """What the Gated DeltaNet layers of every architecture share: head sizes, decay parameters, and the rule.
 
     `A_log` and `dt_bias` stay float32 whatever the module is cast to: rounded to bfloat16 they change the decay of
     long memories by percents, and A near 0 becomes log 0.
@@ -64,16 +64,8 @@ class GatedDeltaNet(nn.Module):
         self.head_v_dim = config.linear_value_head_dim
         self.allow_neg_eigval = config.allow_neg_eigval
         self.backend = backend
-        channels = 2 * self.key_dim + self.value_dim
-        self.in_proj_qkv = nn.Linear(config.hidden_size, channels, bias=False)
-        self.in_proj_z = nn.Linear(config.hidden_size, self.value_dim, bias=False)
-        self.in_proj_b = nn.Linear(config.hidden_size, config.linear_num_value_heads, bias=False)
-        self.in_proj_a = nn.Linear(config.hidden_size, config.linear_num_value_heads, bias=False)
-        self.conv1d = ShortConvolution(channels, config.linear_conv_kernel_dim)
         self.dt_bias = nn.Parameter(torch.empty(config.linear_num_value_heads, dtype=torch.float32))
         self.A_log = nn.Parameter(torch.empty(config.linear_num_value_heads, dtype=torch.float32))
-        self.norm = GatedRMSNorm(self.head_v_dim, config.rms_norm_eps)
-        self.out_proj = nn.Linear(self.value_dim, config.hidden_size, bias=False)
 
     def _apply(self, fn, recurse=True):
         kept = {name: getattr(self, name).data for name in self.FLOAT32_PARAMETERS}
@@ -86,15 +78,14 @@ class GatedDeltaNet(nn.Module):
                     parameter.grad = parameter.grad.float()
         return self
 
-    def forward(self, x_BTD: torch.Tensor, documents) -> torch.Tensor:
-        qkv_BTC = self.conv1d(self.in_proj_qkv(x_BTD), documents.position_ids)
-        q, k, v = qkv_BTC.split([self.key_dim, self.key_dim, self.value_dim], dim=-1)
+    def delta_rule(self, q_BTC, k_BTC, v_BTC, a_BTH, b_BTH, documents) -> torch.Tensor:
+        """Convolved q, k and v of all heads side by side, raw decay a and raw step size b → [B, T, H, V]."""
         o_BTHV, _ = chunk_gated_delta_rule(
-            q.unflatten(-1, (-1, self.head_k_dim)),
-            k.unflatten(-1, (-1, self.head_k_dim)),
-            v.unflatten(-1, (-1, self.head_v_dim)),
-            g=self.in_proj_a(x_BTD),
-            beta=self.in_proj_b(x_BTD),
+            q_BTC.unflatten(-1, (-1, self.head_k_dim)),
+            k_BTC.unflatten(-1, (-1, self.head_k_dim)),
+            v_BTC.unflatten(-1, (-1, self.head_v_dim)),
+            g=a_BTH,
+            beta=b_BTH,
             A_log=self.A_log,
             dt_bias=self.dt_bias,
             use_qk_l2norm_in_kernel=True,
@@ -105,6 +96,27 @@ class GatedDeltaNet(nn.Module):
             cu_seqlens_cpu=documents.cu_seqlens_cpu,
             backend=self.backend,
         )
+        return o_BTHV
+
+
+class GatedDeltaNet(DeltaRuleMixer):
+    """Token mixer with a matrix state for each value head (Yang et al. 2024, "Gated Delta Networks")."""
+
+    def __init__(self, config: ModelConfig, backend: str):
+        super().__init__(config, backend)
+        channels = 2 * self.key_dim + self.value_dim
+        self.in_proj_qkv = nn.Linear(config.hidden_size, channels, bias=False)
+        self.in_proj_z = nn.Linear(config.hidden_size, self.value_dim, bias=False)
+        self.in_proj_b = nn.Linear(config.hidden_size, config.linear_num_value_heads, bias=False)
+        self.in_proj_a = nn.Linear(config.hidden_size, config.linear_num_value_heads, bias=False)
+        self.conv1d = ShortConvolution(channels, config.linear_conv_kernel_dim)
+        self.norm = GatedRMSNorm(self.head_v_dim, config.rms_norm_eps)
+        self.out_proj = nn.Linear(self.value_dim, config.hidden_size, bias=False)
+
+    def forward(self, x_BTD: torch.Tensor, documents) -> torch.Tensor:
+        qkv_BTC = self.conv1d(self.in_proj_qkv(x_BTD), documents.position_ids)
+        q_BTC, k_BTC, v_BTC = qkv_BTC.split([self.key_dim, self.key_dim, self.value_dim], dim=-1)
+        o_BTHV = self.delta_rule(q_BTC, k_BTC, v_BTC, self.in_proj_a(x_BTD), self.in_proj_b(x_BTD), documents)
         z_BTHV = self.in_proj_z(x_BTD).unflatten(-1, (-1, self.head_v_dim))
         return self.out_proj(self.norm(o_BTHV, z_BTHV).flatten(-2))
 

@@ -1,7 +1,7 @@
 """Checkpoints of a run: written aside and renamed, the newest few kept, nothing unpickled.
 
     checkpoints/step-00000100/
-        model.safetensors          weights under their Hugging Face names
+        model.safetensors          what is trained, under its Hugging Face names
         optimizer.safetensors      `<parameter>/<kind>`
         random-<rank>.safetensors  random generator states of each process
         state.json                 step, data position, counters, tracker id, model config, and the sizes of the files
@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from qlatrain.config import ModelConfig
 from qlatrain.files import WriteError, folder_written_aside, write_json
-from qlatrain.models.huggingface import load_weights, weights
+from qlatrain.models.huggingface import load_weights, trained_weights
 from qlatrain.models.hybrid import HybridForCausalLM
 from qlatrain.parallel import Layout
 from qlatrain.training.optimizer import Optimizers
@@ -80,7 +80,7 @@ class Checkpoints:
 
     def _write(self, target, model, optimizers, state, random_states) -> None:
         with folder_written_aside(target) as aside:
-            save_file(weights(model), aside / "model.safetensors", metadata={"format": "pt"})
+            save_file(trained_weights(model), aside / "model.safetensors", metadata={"format": "pt"})
             optimizer_state = {name: value.detach().contiguous() for name, value in optimizers.state().items()}
             save_file(optimizer_state, aside / "optimizer.safetensors")
             for rank, states in enumerate(random_states):
@@ -186,6 +186,7 @@ def read_state(folder: Path) -> dict:
 
 def _check_same_model(saved: dict, config: ModelConfig, folder: Path) -> None:
     current = asdict(config)
+    saved = {"architecture": "qwen3_5"} | saved  # checkpoints from before there was another one do not name it
     other = [
         f"{name} {saved.get(name)} there, {value} here"
         for name, value in current.items()

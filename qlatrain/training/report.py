@@ -118,15 +118,16 @@ class Report:
         shown = row | {"tokens_per_second": self.throughput.tokens_per_second, "mfu": self.throughput.mfu}
         self.console.step(shown, self.steps, self.throughput.seconds_left(self.steps - waiting.step))
 
-    def validation(self, step: int, nll: float, targets: float, bytes_per_token: float, bigram: float) -> None:
-        """nll: sum over `targets` held-out tokens, in nats; bigram: the baseline's bits per byte."""
+    def validation(
+        self, step: int, nll: float, targets: float, bytes_per_token: float | None, bigram: float | None
+    ) -> None:
+        """nll: sum over `targets` held-out tokens, in nats; bigram: the baseline's bits per byte; None: left out."""
         loss = nll / targets
-        row = {
-            "step": step,
-            "validation_loss": loss,
-            "validation_bits_per_byte": loss / math.log(2) / bytes_per_token,
-            "bigram_bits_per_byte": bigram,
-        }
+        row = {"step": step, "validation_loss": loss}
+        if bytes_per_token is not None:
+            row["validation_bits_per_byte"] = loss / math.log(2) / bytes_per_token
+        if bigram is not None:
+            row["bigram_bits_per_byte"] = bigram
         self._write(row)
         self.console.validation(row)
         self._plot()

@@ -8,8 +8,10 @@ from data_helpers import config, save_dataset, write_jsonl
 
 from qlatrain.data import text_files
 from qlatrain.data.huggingface import IndexedDataset
-from qlatrain.data.sources import StdlibSource, open_source
+from qlatrain.data.sources import StdlibSource, TextField, open_source
 from qlatrain.data.text_files import TextSource
+
+TEXT = TextField("text")
 
 
 def all_of(source) -> list[str]:
@@ -47,14 +49,14 @@ def test_text_reads_every_ending_in_order(tmp_path):
     rows = write_jsonl(tmp_path / "rows.jsonl", ["one", "two\nlines", "tre"], "body")
     pq.write_table(pa.table({"body": ["p0", None, "p2"], "n": [1, 2, 3]}), tmp_path / "t.parquet")
     files = [str(tmp_path / "t.parquet"), rows, str(tmp_path / "**" / "*.txt"), str(tmp_path / "deep" / "z.txt")]
-    source = TextSource(files, "body")
+    source = TextSource(files, TextField("body"))
     assert all_of(source) == ["p0", "", "p2", "one", "two\nlines", "tre", "a", "zéd\r\nlines"]
 
 
 def test_home_is_expanded(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "[1].txt").write_text("brackets in a name")
-    assert all_of(TextSource(["~/[1].txt"])) == all_of(TextSource(["~/*.txt"])) == ["brackets in a name"]
+    assert all_of(TextSource(["~/[1].txt"], TEXT)) == all_of(TextSource(["~/*.txt"], TEXT)) == ["brackets in a name"]
 
 
 @pytest.mark.parametrize("ending", ["\n", "\r\n"])
@@ -64,13 +66,13 @@ def test_jsonl_lines_are_found_whatever_the_chunks(tmp_path, monkeypatch, ending
     texts = ["a", "", "bb" * 20, "ü" * 9]
     content = (ending * 2).join(json.dumps({"text": text}, ensure_ascii=False) for text in texts)
     (tmp_path / "c.jsonl").write_bytes((content + ending * last).encode())
-    assert [text for text in all_of(TextSource([str(tmp_path / "c.jsonl")])) if text] == [t for t in texts if t]
+    assert [text for text in all_of(TextSource([str(tmp_path / "c.jsonl")], TEXT)) if text] == [t for t in texts if t]
 
 
 def test_jsonl_is_not_held_in_memory(tmp_path):
     path = write_jsonl(tmp_path / "c.jsonl", ["x" * 10_000] * 2_000)  # 20 MB
     tracemalloc.start()
-    source = TextSource([path])
+    source = TextSource([path], TEXT)
     held, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(source) == 2_000 and held < 1_000_000
@@ -102,15 +104,15 @@ def bad_files(tmp_path, name: str, content: bytes | None) -> list[str]:
 )
 def test_bad_text_files(tmp_path, name, content, message):
     with pytest.raises(ValueError, match=message):
-        all_of(TextSource(bad_files(tmp_path, name, content)))
+        all_of(TextSource(bad_files(tmp_path, name, content), TEXT))
 
 
 def test_bad_parquet_fields(tmp_path):
     pq.write_table(pa.table({"body": ["a"], "number": [1]}), tmp_path / "t.parquet")
     with pytest.raises(ValueError, match=r"has no field 'text', its fields are \['body', 'number'\]"):
-        TextSource([str(tmp_path / "t.parquet")])
+        TextSource([str(tmp_path / "t.parquet")], TEXT)
     with pytest.raises(ValueError, match="row 0: field 'number' holds int"):
-        all_of(TextSource([str(tmp_path / "t.parquet")], "number"))
+        all_of(TextSource([str(tmp_path / "t.parquet")], TextField("number")))
 
 
 @pytest.mark.parametrize(
@@ -163,7 +165,7 @@ def test_bad_hf_datasets(tmp_path):
     with pytest.raises(ValueError, match=r"has no split 'train'; set data.split to one of \['test'\]"):
         open_source(config(source="hf", dataset=str(tmp_path / "dd")))
     with pytest.raises(ValueError, match="holds no documents"):
-        IndexedDataset(Dataset.from_dict({"text": []}), "text", "d", {"split": "train"})
+        IndexedDataset(Dataset.from_dict({"text": []}), TEXT, "d", {"split": "train"})
 
 
 def test_streams_can_be_opened_while_other_threads_open_file_systems(tmp_path):

@@ -207,7 +207,7 @@ def test_a_large_corpus_is_not_tokenised_to_measure_it(tmp_path):
     reads = []
     source = data.train._order._source
     data.train._order._source = type("Counted", (), {"__getitem__": lambda _, i: reads.append(i) or source[i]})()
-    data.train._check_one_row()
+    data.train._format.check(data.train._order.train_documents())
     assert len(reads) == 1
 
 

@@ -4,17 +4,23 @@ import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import Qwen3_5TextConfig
+from transformers import OlmoHybridConfig, OlmoHybridForCausalLM, Qwen3_5TextConfig
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5ForCausalLM
 
 from qlatrain.metrics.flops import CHUNK, GDN_BACKWARD, FlopCounter, gdn_operator_flops
+from qlatrain.models.hf_config import to_hf_config
+
+OLMO = {"architecture": "olmo_hybrid", "partial_rotary_factor": 1.0}
 
 
 def meta(*shape: int) -> torch.Tensor:
     return torch.empty(*shape, device="meta")
 
 
-def transformers_model(c) -> Qwen3_5ForCausalLM:
+def transformers_model(c) -> Qwen3_5ForCausalLM | OlmoHybridForCausalLM:
+    if c.architecture == "olmo_hybrid":
+        with torch.device("meta"):
+            return OlmoHybridForCausalLM(OlmoHybridConfig(**to_hf_config(c)))
     config = Qwen3_5TextConfig(
         vocab_size=c.vocab_size,
         hidden_size=c.hidden_size,
@@ -57,7 +63,9 @@ def test_gdn_operator_against_its_products():
     assert counter.get_total_flops() == CHUNK * gdn_operator_flops(key_heads, value_heads, K, V)
 
 
-@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"attention_bias": True}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"tie_word_embeddings": True}, {"attention_bias": True}, OLMO, OLMO | {"attention_bias": True}]
+)
 def test_parameters_against_transformers(small_config, changes):
     config = dataclasses.replace(small_config, **changes)
     model = transformers_model(config)
@@ -69,8 +77,10 @@ def test_parameters_against_transformers(small_config, changes):
     assert sum(row.parameters for row in FlopCounter(config).table(100).rows) == counts.total
 
 
-def test_linear_layers_against_torch(small_config):
+@pytest.mark.parametrize("changes", [{}, OLMO], ids=["qwen3_5", "olmo_hybrid"])
+def test_linear_layers_against_torch(small_config, changes):
     """Every nn.Linear of transformers' own model, run forward and backward on one token."""
+    small_config = dataclasses.replace(small_config, **changes)
     model = transformers_model(small_config)
     with FlopCounterMode(display=False) as counter:
         for module in model.modules():

@@ -1,13 +1,26 @@
 """Small models whose every parameter matters, for the tests of `qlatrain.models`."""
 
+import json
 import math
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 from qlatrain.config import ModelConfig
 from qlatrain.models import Documents, HybridForCausalLM
 
 VOCABULARY = 61
+
+
+# What makes `small_config` one of OLMo-Hybrid: heads of 10 fill the hidden size, and RoPE turns them as a whole.
+OLMO = {
+    "architecture": "olmo_hybrid",
+    "hidden_size": 40,
+    "head_dim": 10,
+    "partial_rotary_factor": 1.0,
+    "allow_neg_eigval": True,
+}
 
 
 def small_config(**changes) -> ModelConfig:
@@ -39,6 +52,7 @@ def randomize(model: torch.nn.Module, seed: int = 0, A: float | None = None) -> 
     A: the same decay rate for every head; random in (0.01, 4) when None.
     """
     random = torch.Generator().manual_seed(seed)
+    centred_on_one = any("o_norm" in name for name, _ in model.named_parameters())  # all norms of OLMo-Hybrid
     for name, parameter in sorted(model.named_parameters()):
         values = torch.randn(parameter.shape, generator=random)
         last = name.split(".")[-1]
@@ -47,7 +61,7 @@ def randomize(model: torch.nn.Module, seed: int = 0, A: float | None = None) -> 
         elif last == "dt_bias":
             values = values - 2.0
         elif "norm" in name:
-            values = values * 0.3 + ("linear_attn.norm" in name)
+            values = values * 0.3 + (centred_on_one or "linear_attn.norm" in name)
         elif "embed_tokens" in name:
             pass
         elif "conv1d" in name:
@@ -77,6 +91,21 @@ def labels_for(input_ids: torch.Tensor, documents: Documents) -> torch.Tensor:
 def gradients(model: torch.nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
     names, parameters = zip(*model.named_parameters(), strict=True)
     return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
+
+
+def config_of(folder: Path) -> dict:
+    return json.loads((folder / "config.json").read_text())
+
+
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, in one file or in shards."""
+    return {name: x for file in sorted(folder.glob("*.safetensors")) for name, x in load_file(file).items()}
+
+
+def assert_same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert tensor.dtype == other[name].dtype and torch.equal(tensor, other[name]), name
 
 
 def assert_close_by_name(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from model_helpers import small_config, small_model, tokens
+from model_helpers import OLMO, small_config, small_model, tokens
 
 from qlatrain.models import HybridForCausalLM, layers
 from qlatrain.models.initialization import initialize
@@ -147,6 +147,22 @@ def test_start_of_convolutions(width):
     assert x.shape == (2 * 16 + 2000, 1, width)
     assert 0.99 * bound < x.abs().max() <= bound
     assert x.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.03)
+
+
+def test_start_of_olmo_hybrid():
+    """As OLMo-core starts it: every matrix and filter alike, whatever the depth."""
+    changes = {"hidden_size": 256, "head_dim": 64, "num_hidden_layers": 4, "vocab_size": 800, "initializer_range": 0.03}
+    model = HybridForCausalLM(small_config(**OLMO | changes, linear_value_head_dim=60), seed=0)
+    for name, x in model.named_parameters():
+        if x.dim() > 1:
+            error = 5 * 0.03 / math.sqrt(x.numel())  # five standard errors
+            assert abs(x.std().item() - 0.03) < error and abs(x.mean().item()) < error, name
+        elif "norm" in name:
+            assert (x == 1).all(), name
+    dt = torch.cat([x.detach() for name, x in gates(model).items() if name.endswith("dt_bias")])
+    A = torch.cat([x.detach() for name, x in gates(model).items() if name.endswith("A_log")]).exp()
+    assert len(A) == len(dt) == 2 * 4 and A.min() >= 0.0099 and A.max() <= 16.001
+    assert torch.nn.functional.softplus(dt).min() > 0.00099 and torch.nn.functional.softplus(dt).max() < 0.101
 
 
 def test_start_of_gates(wide):

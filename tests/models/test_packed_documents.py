@@ -6,7 +6,7 @@ documents dies out within a few tokens, and a test on it would pass for the wron
 
 import pytest
 import torch
-from model_helpers import assert_close_by_name, gradients, labels_for, small_model, tokens
+from model_helpers import OLMO, assert_close_by_name, gradients, labels_for, small_model, tokens
 
 from qlatrain.models import Documents
 
@@ -19,6 +19,8 @@ MODELS = {
         "num_hidden_layers": 3,
         "allow_neg_eigval": True,
     },
+    "olmo_hybrid": {**OLMO, "layer_pattern": ["gdn", "gdn", "attn"], "num_hidden_layers": 3},
+    "olmo_hybrid without positions": {**OLMO, "rope_theta": None},
 }
 LENGTHS = {"of all lengths": [70, 1, 33, 130, 2, 33], "of one length": [66, 66, 66], "with empty ones": [40, 0, 65, 0]}
 
@@ -123,10 +125,11 @@ def test_documents_of_lengths():
     assert documents.cu_seqlens.dtype == documents.cu_seqlens_cpu.dtype == torch.int32
 
 
+@pytest.mark.parametrize("changes", [{}, OLMO], ids=["qwen3_5", "olmo_hybrid"])
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
-def test_packed_is_alone_under_autocast(lengths):
+def test_packed_is_alone_under_autocast(lengths, changes):
     """In mixed precision too, where the parts of a layer meet in two dtypes; equal up to bfloat16's rounding."""
-    model = slow_model()
+    model = slow_model(**changes)
     input_ids = tokens(1, sum(lengths))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         logits = model(input_ids, Documents.of_lengths(lengths))

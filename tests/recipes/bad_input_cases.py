@@ -81,6 +81,33 @@ def text_files(**contents: str | bytes) -> Callable[[Place], list[str]]:
     return write
 
 
+def chats(*turns: str, template: str = "bos_eos", **fields: object) -> Callable[[Place], list[str]]:
+    """Three good conversations, and on the fourth line one of these turns and fields."""
+
+    def write(place: Place) -> list[str]:
+        here = ["data=conversations", "data.sequence_length=64", f"data.files=[{place.files}/*.jsonl]"]
+        lines = [{"messages": messages(f"user: {i}?", "assistant: yes")} for i in range(3)]
+        lines.append(({"messages": messages(*turns)} if turns else {}) | fields)
+        (place.files / "a.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+        (place.files / "own.jinja").write_text("{{ raise_exception('no questions about ' + messages[0].content) }}")
+        named = place.files / "own.jinja" if template == "own" else template
+        return [*here, f"data.chat_template={named}"]
+
+    return write
+
+
+def messages(*turns: str) -> list[dict]:
+    return [dict(zip(("role", "content"), turn.split(": ", 1), strict=True)) for turn in turns]
+
+
+def too_long(place: Place) -> list[str]:
+    return [*chats("user: " + "why " * 20, "assistant: because")(place), "data.too_long=error"]
+
+
+def fits_in_no_row(place: Place) -> list[str]:
+    return [*chats("user: why?", "assistant: because")(place), "data.sequence_length=16"]
+
+
 def checkpoint(place: Place, step: int = 12) -> Path:
     return place.run / f"checkpoints/step-{step:08}"
 
@@ -133,6 +160,16 @@ DATA = [
     Case("not UTF-8", text_files(a_txt=b"caf\xe9 " * 100, b_txt=b"caf\xe9 " * 100)),
     Case("not JSON", text_files(a_jsonl="{text: 3}\n")),
     Case("field that is not there", text_files(a_jsonl='{"content": "words"}\n')),
+    Case("conversations of the standard library", fixed("data=stdlib", "data.format=conversations"), 2),
+    Case("field of conversations that is not there", chats(text="words")),
+    Case("conversation without an answer", chats("user: why?")),
+    Case("unknown role", chats("user: why?", "asistant: because")),
+    Case("message without content", chats("user:  ", "assistant: because")),
+    Case("tokenizer without a chat template", chats("user: why?", "assistant: because", template="null")),
+    Case("missing chat template", chats("user: why?", "assistant: because", template="chatnl")),
+    Case("chat template that fails", chats("user: why?", "assistant: because", template="own")),
+    Case("conversation longer than a row", too_long),
+    Case("no conversation fits", fits_in_no_row),
     Case("missing dataset", lambda place: ["data=hf", f"data.dataset={place.files}/nothing"]),
     Case("missing tokenizer", lambda place: [f"data.tokenizer={place.files}/nothing"]),
     Case("tokenizer larger than the vocabulary", fixed("model.vocab_size=200")),

@@ -113,8 +113,14 @@ class Trainer:
 
     def start(self, run_dir: Path, *changes: str, file_limit: int | None = None, **variables: str) -> Running:
         """file_limit: bytes a file may have, as on a disk that is full."""
-        output = self.output / str(len(self._started))
-        running = Running(self.arguments(run_dir, *changes), output, variables, file_limit)
+        return self._start(self.arguments(run_dir, *changes), variables, file_limit)
+
+    def recipe(self, name: str, *arguments: str) -> Finished:
+        """Another recipe, with these arguments alone."""
+        return self._start(["--config-name", name, *arguments], {}, None).wait()
+
+    def _start(self, arguments: list[str], variables: dict[str, str], file_limit: int | None) -> Running:
+        running = Running(arguments, self.output / str(len(self._started)), variables, file_limit)
         self._started.append(running)
         return running
 
@@ -147,7 +153,14 @@ class Trainer:
 def _forkserver():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["recipes.pretrain", "recipes.bench_kernels", "transformers.tokenization_utils_tokenizers", "hydra.main"]
+        [
+            "recipes.pretrain",
+            "recipes.finetune",
+            "recipes.export",
+            "recipes.bench_kernels",
+            "transformers.tokenization_utils_tokenizers",
+            "hydra.main",
+        ]
     )
     before = dict(os.environ)
     os.environ.update(environment())  # the server keeps the variables it was started with, and never starts again

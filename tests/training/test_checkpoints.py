@@ -270,6 +270,17 @@ def test_the_same_model_described_otherwise(run, folder):
     assert_identical(other.snapshot(), run.snapshot())
 
 
+def test_a_checkpoint_from_before_there_were_architectures(run, folder):
+    run.save(1)
+    state = folder / "step-00000001" / "state.json"
+    content = json.loads(state.read_text())
+    del content["model"]["architecture"]
+    state.write_text(json.dumps(content))
+    other = Run(folder, seed=3)
+    other.load(folder / "step-00000001")
+    assert_identical(other.snapshot(), run.snapshot())
+
+
 def test_another_optimizer(run, folder):
     run.save(1)
     other = Run(folder, seed=3, optimizer="adamw")

@@ -54,7 +54,10 @@ def positions_in_documents(cu_seqlens: torch.Tensor, tokens: int) -> torch.Tenso
 
 
 def _run_torch(x, weight, position_ids, activation):
-    """W shifted multiply-adds: no transposes, and exact boundaries."""
+    """W shifted multiply-adds: no transposes, and exact boundaries. In float32 or better, and rounded once: keys are
+    normalised behind it, which would magnify what each tap lost."""
+    dtype = x.dtype
+    x = x.to(torch.promote_types(dtype, torch.float32))
     weight = weight.to(x.dtype)
     width = weight.shape[1]
     y = x * weight[:, -1]
@@ -63,7 +66,7 @@ def _run_torch(x, weight, position_ids, activation):
         if position_ids is not None:
             tap = tap.masked_fill((position_ids[:, shift:] < shift)[..., None], 0)
         y = y + F.pad(tap, (0, 0, shift, 0))
-    return F.silu(y) if activation == "silu" else y
+    return (F.silu(y) if activation == "silu" else y).to(dtype)
 
 
 register(OPERATOR, Backend("torch", lambda call: None, _run_torch))
