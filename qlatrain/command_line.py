@@ -97,6 +97,9 @@ def one_sentence(error: Exception, config_dir: Path, known: list[str]) -> str:
     value = re.search(r"Value '(.*?)' (?:of type '\w+' could not be converted to|is not a valid) (\w+)", text)
     if key and value:
         return f"{key}={value[1]} is not of type {value[2].lower()}"
+    missing = _first(r"Missing mandatory value: (\S+)", text)
+    if missing:  # of what another key is made from
+        return f"{missing} has no value: give it on the command line or in the config file"
     if key and "ListConfig" in text:
         return f"{key} is a list: write {key}=[first,second]"
     if key and "not Optional" in text:

@@ -8,7 +8,7 @@ from qlatrain.config import FinetuneConfig
 from qlatrain.data import build_data, check_vocab
 from qlatrain.files import folder_written_aside, write_aside
 from qlatrain.metrics.flops import FlopCounter
-from qlatrain.models import copy_serving_files, from_pretrained, save_pretrained
+from qlatrain.models import checkpoint_config, copy_serving_files, from_pretrained, save_pretrained
 from qlatrain.models.lora import add_lora, lora_parameters, save_adapter
 from qlatrain.training.loop import Session, TrainingLoop
 from qlatrain.training.sampling import sample
@@ -17,6 +17,8 @@ from qlatrain.training.sampling import sample
 def main(config: FinetuneConfig) -> None:
     seed, sampling, lora = config.train.seed, config.sample, config.lora
     checkpoint = Path(config.init.checkpoint)
+
+    checkpoint_config(checkpoint)  # before anything takes time
 
     # ---------------------------------------------------------------- where to go on from, and on which devices
     session = Session.begin(config)

@@ -32,6 +32,13 @@ def weights(model: HybridForCausalLM) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().contiguous() for name, tensor in state.items()}
 
 
+def checkpoint_config(folder: str | Path) -> dict:
+    """The content of a checkpoint's `config.json`; ValueError where the folder is none, or of another family."""
+    if not (Path(folder) / "config.json").is_file():
+        raise ValueError(f"{folder} is not a checkpoint: it needs config.json and {SINGLE} (or {INDEX})")
+    return read_config(Path(folder))
+
+
 def from_pretrained(
     path: str | Path,
     kernel: KernelConfig | None = None,
@@ -55,9 +62,7 @@ def from_pretrained(
     folder, dtype = Path(path), dtype or torch.float32
     if not dtype.is_floating_point:
         raise ValueError(f"dtype={dtype} holds no fractions: give torch.float32 or torch.bfloat16")
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} is not a checkpoint: it needs config.json and {SINGLE} (or {INDEX})")
-    hf = read_config(folder)
+    hf = checkpoint_config(folder)
     config = from_hf_config(hf, str(folder))
     with torch.device("meta"):
         model = HybridForCausalLM(config, kernel)

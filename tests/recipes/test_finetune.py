@@ -190,7 +190,8 @@ def test_a_tokenizer_that_does_not_fit(finetune, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (["init.checkpoint=nowhere", "data.tokenizer=bytes"], ["nowhere is not a checkpoint"]),
+        (["init.checkpoint=nowhere"], ["nowhere is not a checkpoint"]),
+        (["init.checkpoint=???"], ["init.checkpoint has no value"]),
         (["lora.rank=2", "lora.targets=[atention]"], ["lora.targets holds atention", "did you mean attention"]),
         (["lora.rank=2", "lora.targets=[]"], ["lora.targets is empty"]),
         (["lora.rank=-1"], ["lora.rank=-1"]),
@@ -207,6 +208,7 @@ def test_bad_settings(changes, words, finetune, tmp_path):
 
 def test_bad_exports(trainer, lora_run, finished_run, tmp_path):
     out = f"out={tmp_path / 'out'}"
+    refused(trainer.recipe("export"), "run has no value")
     refused(trainer.recipe("export", "run=nowhere", out), "run=nowhere is not the folder of a run")
     (tmp_path / "empty").mkdir()
     shutil.copy(finished_run / "config.yaml", tmp_path / "empty")
