@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qlatrain.bench.config import BenchKernelsConfig
+from qlatrain.bench.step_config import BenchStepConfig
 from qlatrain.checks import nearest
 from qlatrain.config import ExportConfig, FinetuneConfig, PretrainConfig
 
@@ -22,6 +23,7 @@ SCHEMAS = {
     "finetune": FinetuneConfig,
     "export": ExportConfig,
     "bench_kernels": BenchKernelsConfig,
+    "bench_step": BenchStepConfig,
 }
 
 

@@ -138,15 +138,21 @@ class KernelConfig:
 
 
 @dataclass
-class TrainConfig:
-    steps: int = MISSING
-    seed: int = 0
-    global_batch_size: int = 16  # rows an optimizer step takes, over all processes
-    micro_batch_size: int = 16  # rows a process takes through the model at once
+class StepConfig:
+    """How a step is taken, whatever it is taken for."""
+
     mixed_precision: str = "no"  # no | bf16
     max_grad_norm: float = 1.0
     compile: bool = False  # torch.compile each block
     activation_checkpointing: bool = False  # keep only block inputs, recompute the rest in the backward
+
+
+@dataclass
+class TrainConfig(StepConfig):
+    steps: int = MISSING
+    seed: int = 0
+    global_batch_size: int = 16  # rows an optimizer step takes, over all processes
+    micro_batch_size: int = 16  # rows a process takes through the model at once
     max_skipped_steps: int = 10  # non-finite gradients this many steps in a row end the run
 
 
@@ -325,6 +331,11 @@ def _validate_training(config: TrainingConfig) -> None:
     for key in ("schedule.final", "schedule.decay_fraction"):
         if not 0 <= value_at(config, key) <= 1:
             raise ValueError(f"{key}={value_at(config, key)} is not between 0 and 1")
+    validate_step(train)
+
+
+def validate_step(train: StepConfig) -> None:
+    """Raises ValueError, one sentence naming the key."""
     if train.max_grad_norm <= 0:
         raise ValueError(f"train.max_grad_norm={train.max_grad_norm} is not above 0; use inf not to clip")
 

@@ -15,7 +15,7 @@ from qlatrain.bench.plots import plot_roofline, plot_speed
 from qlatrain.bench.report import BenchReport
 from qlatrain.bench.results import Results
 from qlatrain.bench.shapes import parse_shape, shape_of_model
-from qlatrain.bench.tracking import BenchTracker
+from qlatrain.bench.tracking import BenchTracker, Tracked
 from qlatrain.files import make_folder, write_aside, writing
 from qlatrain.metrics.console import RunConsole
 from qlatrain.metrics.hardware import cpu_model, environment
@@ -75,5 +75,5 @@ def main(config: BenchKernelsConfig) -> None:
     report.tables(results.rows, grid.baseline, results.cold_starts)
     if tracker.note:
         console.note(tracker.note)
-    tracker.send(results, pictures)
+    tracker.send(Tracked.kernels(results), pictures)
     report.files({"results": run_dir / "results.json", "table": run_dir / "results.csv", **pictures})

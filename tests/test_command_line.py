@@ -79,7 +79,8 @@ MISTAKES = [
     (["models=tiny"], "models is not a config key; did you mean model?"),
     (
         ["recipe=pretran"],
-        "recipe=pretran is not there: choose one of pretrain, finetune, export, bench_kernels; did you mean pretrain?",
+        "recipe=pretran is not there: choose one of pretrain, finetune, export, bench_kernels, bench_step; "
+        "did you mean pretrain?",
     ),
     (["recipe=bench_kernels"], "recipe=bench_kernels has other keys than this config: use --config-name bench_kernels"),
     (["train.steps"], "train.steps cannot be read: write key=value, in quotes where it holds brackets or spaces"),
@@ -98,7 +99,7 @@ def test_every_mistake_in_one_sentence(overrides, message):
 def test_unknown_recipe_config():
     with pytest.raises(ValueError) as caught:
         check(CONFIGS, "pretran", [])
-    options = "bench_kernels, export, finetune, pretrain"
+    options = "bench_kernels, bench_step, export, finetune, pretrain"
     assert str(caught.value) == f"--config-name pretran is not there: choose one of {options}; did you mean pretrain?"
 
 

@@ -26,8 +26,8 @@ def cold_start(operator: str, shape: Shape, backend: str, dtype: str, seed: int)
     result = {"operator": operator, "shape": str(shape), "slug": shape.slug, "backend": backend}
     command = [sys.executable, "-m", __name__, operator, str(shape), backend, dtype, str(seed)]
     with tempfile.TemporaryDirectory() as folder:
-        variables = os.environ | {name: str(Path(folder, name.lower())) for name in CACHES}
-        variables |= {"HOME": folder, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        variables = os.environ | caches_in(folder)
+        variables |= {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         for cache in ("empty", "full"):
             try:
                 done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=TIMEOUT)
@@ -38,6 +38,11 @@ def cold_start(operator: str, shape: Shape, backend: str, dtype: str, seed: int)
                 return result | {"reason": last}
             result[f"{cache}_cache_seconds"] = json.loads(done.stdout.splitlines()[-1])["seconds"]
     return result
+
+
+def caches_in(folder: str) -> dict[str, str]:
+    """Variables of a process that keeps what it compiles in this folder, and finds there what others have kept."""
+    return {name: str(Path(folder, name.lower())) for name in CACHES} | {"HOME": folder}
 
 
 def main(operator: str, shape: str, backend: str, dtype: str, seed: str) -> None:

@@ -43,7 +43,7 @@ def plot_speed(results: Results, path: Path) -> None:
         f"{_rate(results.ceilings.bytes_per_second, 'B/s')}, both measured in this run; over the bars: milliseconds"
     )
     figure.suptitle(f"{_title(results)}\nhigher is faster", x=0.01, ha="left", fontsize=12, fontweight="bold")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _speed_panel(axes: Axes, rows: list[Row], shapes: list[str], backends: list[str]) -> None:
@@ -121,7 +121,7 @@ def plot_roofline(results: Results, path: Path) -> None:
     figure.legend(*panels[-1].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=9)
     title = f"{_title(results)}: how near to what the device can do"
     figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _roof(axes: Axes, ceilings: Ceilings, rows: list[Row]) -> None:
@@ -170,7 +170,7 @@ def _tidy(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
     """Aside and renamed, so that a viewer never meets half a picture."""
     aside = path.with_name(path.name + ".new")
     figure.savefig(aside, format="png")

@@ -1,17 +1,46 @@
-"""The shape of a call: batch, tokens, heads and head sizes, as one writes them and as numbers."""
+"""The shape of a batch, rows and tokens, and that of a call, with heads and head sizes: as written and as numbers."""
 
 import random
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
-from qlatrain.checks import nearest
+from qlatrain.bench.model_options import read_model
 
 HEAD_DIM = 128  # K and V where a shape does not name them
 GRAMMAR = "write B×T Hk/Hv or T packedN Hk/Hv, then K/V unless both are 128: 8x4096 16/32, 32768 packed16 16/32 96/192"
-_SHAPE = re.compile(r"(?:(\d+)[x×](\d+)|(\d+) +packed(\d+)) +(\d+)/(\d+)(?: +(\d+)/(\d+))?")
+BATCH_GRAMMAR = "write B×T or T packedN: 2x4096, 32768 packed16"
+_ROWS = r"(?:(\d+)[x×](\d+)|(\d+) +packed(\d+))"
+_BATCH = re.compile(_ROWS)
+_SHAPE = re.compile(_ROWS + r" +(\d+)/(\d+)(?: +(\d+)/(\d+))?")
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """`batch` rows of `tokens`, or one row of `tokens` into which `documents` are packed."""
+
+    batch: int
+    tokens: int
+    documents: int | None = None
+
+    @property
+    def all_tokens(self) -> int:
+        return self.batch * self.tokens
+
+    def __str__(self) -> str:
+        return f"{self.batch}x{self.tokens}" if self.documents is None else f"{self.tokens} packed{self.documents}"
+
+    @property
+    def slug(self) -> str:
+        """The shape in a name that may hold no space: `32768_packed16`."""
+        return str(self).replace(" ", "_")
+
+    def bounds(self, seed: int) -> list[int] | None:
+        """Boundaries of the packed documents, `documents` + 1 of them, lengths at random; None for a dense batch."""
+        if self.documents is None:
+            return None
+        cuts = random.Random(seed).sample(range(1, self.tokens), self.documents - 1)
+        return [0, *sorted(cuts), self.tokens]
 
 
 @dataclass(frozen=True)
@@ -27,8 +56,12 @@ class Shape:
     documents: int | None = None
 
     @property
+    def rows(self) -> BatchShape:
+        return BatchShape(self.batch, self.tokens, self.documents)
+
+    @property
     def all_tokens(self) -> int:
-        return self.batch * self.tokens
+        return self.rows.all_tokens
 
     @property
     def group(self) -> float:
@@ -36,9 +69,8 @@ class Shape:
         return self.value_heads / self.key_heads
 
     def __str__(self) -> str:
-        rows = f"{self.batch}x{self.tokens}" if self.documents is None else f"{self.tokens} packed{self.documents}"
         dims = "" if self.key_dim == self.value_dim == HEAD_DIM else f" {self.key_dim}/{self.value_dim}"
-        return f"{rows} {self.key_heads}/{self.value_heads}{dims}"
+        return f"{self.rows} {self.key_heads}/{self.value_heads}{dims}"
 
     @property
     def slug(self) -> str:
@@ -46,11 +78,28 @@ class Shape:
         return str(self).replace(" ", "_").replace("/", "-")
 
     def bounds(self, seed: int) -> list[int] | None:
-        """Boundaries of the packed documents, `documents` + 1 of them, lengths at random; None for a dense batch."""
-        if self.documents is None:
-            return None
-        cuts = random.Random(seed).sample(range(1, self.tokens), self.documents - 1)
-        return [0, *sorted(cuts), self.tokens]
+        """As of `BatchShape`."""
+        return self.rows.bounds(seed)
+
+
+def parse_batch(text: str, key: str = "bench.shape") -> BatchShape:
+    """Reads `2x4096` or `32768 packed16`.
+
+    Raises:
+        ValueError: anything else, and batches that cannot be; `key` is named as the place of the mistake.
+    """
+    match = _BATCH.fullmatch(text.strip())
+    if match is None:
+        raise ValueError(f"{key}={text} is no batch: {BATCH_GRAMMAR}")
+    batch, dense, packed, documents = (None if found is None else int(found) for found in match.groups())
+    shape = BatchShape(batch, dense) if packed is None else BatchShape(1, packed, documents)
+    if 0 in (shape.batch, shape.tokens, shape.documents):
+        raise ValueError(f"{key}={text} has a size of 0: {BATCH_GRAMMAR}")
+    if documents is not None and documents > shape.tokens:
+        raise ValueError(f"{key}={text}: {documents} documents need at least {documents} tokens")
+    if shape.tokens < 2 or shape.tokens == documents:
+        raise ValueError(f"{key}={text} has no token that another one predicts: make it longer")
+    return shape
 
 
 def parse_shape(text: str, key: str = "bench.shapes") -> Shape:
@@ -97,12 +146,7 @@ def shape_of_model(folder: Path, name: str, tokens: int, batch: int, documents: 
     Raises:
         ValueError: there is no such model.
     """
-    options = sorted(file.stem for file in folder.glob("*.yaml"))
-    if name not in options:
-        raise ValueError(
-            f"bench.from_model={name} is not there: choose one of {', '.join(options)}{nearest(name, options)}"
-        )
-    model = OmegaConf.load(folder / f"{name}.yaml")
+    model = read_model(folder, name, "bench.from_model")
     return Shape(
         batch=batch,
         tokens=tokens // batch,

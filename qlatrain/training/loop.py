@@ -22,7 +22,6 @@ from qlatrain.metrics.trackers import Tracker
 from qlatrain.models import HybridForCausalLM
 from qlatrain.parallel import Layout
 from qlatrain.training.checkpoints import Checkpoints, TrainState, find_checkpoint, read_state
-from qlatrain.training.optimizer import Optimizers
 from qlatrain.training.report import ConsoleLog, Report
 from qlatrain.training.schedule import learning_rate_factor
 from qlatrain.training.step import TrainStep, validation_nll
@@ -86,13 +85,8 @@ class TrainingLoop:
         )
 
         # ---------------------------------------------------------------- model and optimizers
-        model.model.activation_checkpointing = train.activation_checkpointing
-        if train.compile:
-            for block in model.model.layers:
-                block.compile()
-        self.model = layout.prepare(model)
-        trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-        self.optimizers = Optimizers(trained, config.optim)
+        self.train_step = TrainStep.of(model, layout, train, config.optim, flops.step_flops)
+        self.model, self.optimizers = self.train_step.model, self.train_step.optimizers
 
         # ---------------------------------------------------------------- go on
         self.state = TrainState(tracker_id=session.tracker.id)
@@ -138,7 +132,6 @@ class TrainingLoop:
             is_main=layout.is_main,
             resumed_step=self.state.step if session.checkpoint else None,
         )
-        self.train_step = TrainStep(self.model, self.optimizers, layout, train.max_grad_norm, flops.step_flops)
         self.profiler = StepProfiler(config.metrics.kernel_times_every, layout.device, layout.is_main)
 
     def run(self) -> bool:

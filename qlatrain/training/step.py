@@ -2,11 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from qlakernels.ranges import named_range
+from qlatrain.config import OptimConfig, StepConfig
+from qlatrain.models import HybridForCausalLM
 from qlatrain.parallel import Layout
 from qlatrain.training.optimizer import Optimizers
 
@@ -76,6 +79,25 @@ class TrainStep:
         self.max_grad_norm = max_grad_norm
         self.count_flops = count_flops
         self.skipped_in_a_row = torch.zeros((), dtype=torch.float64, device=layout.device)
+
+    @classmethod
+    def of(
+        cls,
+        model: HybridForCausalLM,
+        layout: Layout,
+        train: StepConfig,
+        optim: OptimConfig,
+        count_flops: Callable[[Tensor], float],
+    ) -> Self:
+        """The step of a bare model: laid out, compiled and checkpointed as asked, with the optimizers of what asks for
+        gradients."""
+        model.model.activation_checkpointing = train.activation_checkpointing
+        if train.compile:
+            for block in model.model.layers:
+                block.compile()
+        prepared = layout.prepare(model)
+        trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        return cls(prepared, Optimizers(trained, optim), layout, train.max_grad_norm, count_flops)
 
     def __call__(self, batches: Sequence, lr_factor: float, stop_requested: bool) -> PendingResult:
         """`batches`: this process's micro-batches (`PackedBatch`) of the step, on any device."""

@@ -1,8 +1,11 @@
 import itertools
+from pathlib import Path
 
 import pytest
 
-from qlatrain.bench.shapes import Shape, parse_shape, shape_of_model
+from qlatrain.bench.shapes import BatchShape, Shape, parse_batch, parse_shape, shape_of_model
+
+MODELS = Path(__file__).parent.parent.parent / "configs" / "model"
 
 WRITTEN = {
     "8x4096 16/32": Shape(8, 4096, 16, 32),
@@ -63,10 +66,45 @@ def test_documents_of_a_seed():
 
 
 def test_shape_of_a_model(tmp_path):
-    (tmp_path / "some_model.yaml").write_text(
-        "linear_num_key_heads: 2\nlinear_num_value_heads: 6\nlinear_key_head_dim: 96\nlinear_value_head_dim: 192\n"
-    )
+    model = (MODELS / "tiny.yaml").read_text()
+    heads = "linear_num_key_heads: 2\nlinear_num_value_heads: 6\nlinear_key_head_dim: 96\nlinear_value_head_dim: 192\n"
+    kept = [line for line in model.splitlines() if not line.startswith("linear_")]
+    (tmp_path / "some_model.yaml").write_text("\n".join(kept) + f"\n{heads}")
     assert shape_of_model(tmp_path, "some_model", 4096, 4, None) == Shape(4, 1024, 2, 6, 96, 192)
     assert str(shape_of_model(tmp_path, "some_model", 4096, 1, 7)) == "4096 packed7 2/6 96/192"
     with pytest.raises(ValueError, match=r"bench.from_model=same_model is not there: .*did you mean some_model\?"):
         shape_of_model(tmp_path, "same_model", 4096, 4, None)
+
+
+BATCHES = {
+    "2x4096": BatchShape(2, 4096),
+    "1x32768": BatchShape(1, 32768),
+    "32768 packed16": BatchShape(1, 32768, 16),
+}
+
+
+@pytest.mark.parametrize("text", BATCHES)
+def test_batch_as_written_and_back(text):
+    shape = parse_batch(text)
+    assert shape == BATCHES[text] and str(shape) == text
+    assert parse_batch(text.replace("x", "×")) == shape
+    assert shape.all_tokens == shape.batch * shape.tokens and " " not in shape.slug
+    assert shape == parse_shape(f"{text} 16/32").rows and shape.bounds(3) == parse_shape(f"{text} 16/32").bounds(3)
+
+
+NO_BATCHES = {
+    "4096": "bench.shape=4096 is no batch: write B×T or T packedN: 2x4096, 32768 packed16",
+    "2x4096 16/32": "bench.shape=2x4096 16/32 is no batch",
+    "0x4096": "bench.shape=0x4096 has a size of 0",
+    "4096 packed0": "bench.shape=4096 packed0 has a size of 0",
+    "4 packed5": "bench.shape=4 packed5: 5 documents need at least 5 tokens",
+    "2x1": "bench.shape=2x1 has no token that another one predicts: make it longer",
+    "5 packed5": "bench.shape=5 packed5 has no token that another one predicts",
+}
+
+
+@pytest.mark.parametrize("text", NO_BATCHES)
+def test_what_is_no_batch(text):
+    with pytest.raises(ValueError) as caught:
+        parse_batch(text)
+    assert str(caught.value).startswith(NO_BATCHES[text])

@@ -158,6 +158,7 @@ def _forkserver():
             "recipes.finetune",
             "recipes.export",
             "recipes.bench_kernels",
+            "recipes.bench_step",
             "transformers.tokenization_utils_tokenizers",
             "hydra.main",
         ]
