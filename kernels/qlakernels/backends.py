@@ -26,6 +26,7 @@ class Call:
     value_dim: int
     options: frozenset[str] = frozenset()  # names of the in-operator options that are switched on
     needs_grad: bool = False
+    width: int = 0  # taps of a short convolution
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Backend:
     name: str
     refuses: Callable[[Call], str | None]
     run: Callable
+    passed_over: str | None = None  # why auto leaves out what could run; asked for by name, it runs
 
 
 class BackendRefused(ValueError):
@@ -57,6 +59,11 @@ def register(operator: str, backend: Backend) -> None:
 
 def backend_names(operator: str) -> list[str]:
     return list(_registry[operator])
+
+
+def is_passed_over(operator: str, name: str) -> bool:
+    """Whether `auto` never takes this backend, which runs when asked for by name."""
+    return _registry[operator][name].passed_over is not None
 
 
 def select(operator: str, name: str, call: Call) -> Backend:
@@ -82,7 +89,7 @@ def select(operator: str, name: str, call: Call) -> Backend:
     else:
         refusals = {}
         for chosen, backend in backends.items():
-            reason = backend.refuses(call)
+            reason = backend.refuses(call) or backend.passed_over
             if reason is None:
                 break
             refusals[chosen] = reason

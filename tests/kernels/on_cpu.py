@@ -28,7 +28,7 @@ def compile_for_cpu(maker, *arguments, monkeypatch, sizes=None):
         "Parallel": T.grid,
         "StridedTensor": lambda shape, strides, dtype: T.Tensor(shape, dtype),
         "get_thread_binding": lambda: 0,
-        "dynamic": lambda name: sizes.get(name) or dynamic(name),
+        "dynamic": lambda name, *dtype: sizes.get(name) or dynamic(name, *dtype),
         "import_source": lambda _: None,
         "reduce_sum": _sum_of_rows,
         "device_assert": lambda *_, **__: None,

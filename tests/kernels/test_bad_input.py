@@ -213,6 +213,19 @@ def test_the_first_that_can_run_is_taken(monkeypatch, nothing_decided):
     ]
 
 
+def test_one_that_is_passed_over_runs_by_name(monkeypatch, nothing_decided):
+    monkeypatch.setattr(backends, "_registry", {})
+    backends.register("op", backends.Backend("first", lambda call: None, None, passed_over="not proven"))
+    backends.register("op", backends.Backend("second", lambda call: None, None))
+    call = backends.Call(torch.device("cpu"), torch.float32, 1, 1)
+    assert backends.select("op", "auto", call).name == "second"
+    assert backends.select("op", "first", call).name == "first"
+    assert backends.decisions() == [
+        "op: backend first on cpu (asked for)",
+        "op: backend second on cpu (not first: not proven)",
+    ]
+
+
 def test_one_line_for_each_decision(inputs, caplog, nothing_decided):
     caplog.set_level(logging.INFO, logger="qlakernels")
 
@@ -235,7 +248,7 @@ def test_one_line_for_each_decision(inputs, caplog, nothing_decided):
     causal_conv1d(zeros(1, T, 3), zeros(3, 4))
     rms_norm_gated(zeros(2, 8), zeros(2, 8), zeros(8))
     assert said() == [
-        "causal_conv1d: backend torch on cpu (first choice)",
+        "causal_conv1d: backend torch on cpu (not tilelang: needs a Hopper GPU, the tensors are on cpu)",
         "rms_norm_gated: backend torch on cpu (first choice)",
     ]
     assert len(backends.decisions()) == 4

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from qlakernels.backends import Backend, Call, register, select
+from qlakernels.backends import Backend, Call, installed, register, select
 from qlakernels.checks import check_cu_seqlens
 
 OPERATOR = "causal_conv1d"
@@ -26,6 +26,8 @@ def causal_conv1d(
             document is dropped. May be left out for a dense batch.
         cu_seqlens: int [N+1], document boundaries; read only when position_ids is not given.
         activation: "silu" or None.
+        backend: auto, torch, or tilelang, our kernels for Hopper GPUs (W 2 to 4, D a multiple of 8), which auto
+            leaves out until a GPU has confirmed them.
 
     Returns:
         [B, T, D] in x's dtype.
@@ -42,7 +44,7 @@ def causal_conv1d(
         position_ids = positions_in_documents(cu_seqlens, x.shape[1])
     if position_ids is not None and position_ids.shape != x.shape[:2]:
         raise ValueError(f"position_ids has shape {list(position_ids.shape)}: give [B, T] = {list(x.shape[:2])}")
-    call = Call(torch.device(x.device.type), x.dtype, x.shape[-1], x.shape[-1])
+    call = Call(torch.device(x.device.type), x.dtype, x.shape[-1], x.shape[-1], width=weight.shape[1])
     return select(OPERATOR, backend, call).run(x, weight, position_ids, activation)
 
 
@@ -69,4 +71,29 @@ def _run_torch(x, weight, position_ids, activation):
     return (F.silu(y) if activation == "silu" else y).to(dtype)
 
 
+WIDTHS = (2, 3, 4)  # what the Hopper kernels take
+
+
+def _refuses_tilelang(call: Call) -> str | None:
+    if call.device.type != "cuda":
+        return f"needs a Hopper GPU, the tensors are on {call.device.type}"
+    if torch.cuda.get_device_capability() != (9, 0):
+        return f"needs compute capability 9.0, this GPU has {torch.cuda.get_device_capability()}"
+    if installed("tilelang") is None:
+        return "tilelang is not installed"
+    if call.dtype not in (torch.bfloat16, torch.float16):
+        return f"takes bfloat16 and float16, not {str(call.dtype).removeprefix('torch.')}"
+    if call.width not in WIDTHS or call.key_dim % 8:
+        return f"takes W in {WIDTHS} and D a multiple of 8, not W={call.width}, D={call.key_dim}"
+    return None
+
+
+def _run_tilelang(x, weight, position_ids, activation):
+    from qlakernels.short_conv.hopper.operator import run
+
+    return run(x, weight, position_ids, activation)
+
+
+UNCONFIRMED = "no GPU has confirmed these kernels yet, they run with backend='tilelang'"
+register(OPERATOR, Backend("tilelang", _refuses_tilelang, _run_tilelang, passed_over=UNCONFIRMED))
 register(OPERATOR, Backend("torch", lambda call: None, _run_torch))

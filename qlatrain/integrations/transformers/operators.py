@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import qlakernels
-from qlakernels.backends import backend_names
+from qlakernels.backends import backend_names, is_passed_over
 
 
 def causal_conv1d_fn(
@@ -116,8 +116,9 @@ def rms_norm_gated(norm: torch.nn.Module, hidden_states: torch.Tensor, gate: tor
 
 
 def own_backend(operator: str, backend: str) -> str:
-    """`backend` where `operator` has one of that name, otherwise auto."""
-    return backend if backend in backend_names(operator) else "auto"
+    """`backend` where `operator` has one of that name that auto could take, otherwise auto."""
+    has_it = backend in backend_names(operator) and not is_passed_over(operator, backend)
+    return backend if has_it else "auto"
 
 
 def document_bounds(cu_seqlens: torch.Tensor | None, seq_idx: torch.Tensor | None) -> torch.Tensor | None:

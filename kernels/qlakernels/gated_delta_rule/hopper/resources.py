@@ -12,7 +12,7 @@ from pathlib import Path
 
 import tilelang
 
-from qlakernels.gated_delta_rule.hopper.kernels import IN_SEGMENTS, kernel, load, specialisations
+from qlakernels.gated_delta_rule.hopper.kernels import IN_SEGMENTS, PASS_CONFIGS, kernel, load, specialisations
 
 # Bytes of a thread's registers that the compiler may put into memory, per kernel.
 SPILL_LIMITS = {"boundaries": 0, "forward": 100, "reverse": 100, "gradients": 150, "gate_gradients": 0}
@@ -35,12 +35,21 @@ def resources(key: tuple) -> Resources:
         RuntimeError: nvcc refused the source.
     """
     compiled = kernel(key)
+    options = ["--use_fast_math"] if (PASS_CONFIGS.get(key[0]) or {}).get("tl.enable_fast_math") else []
     home = Path(tilelang.__file__).parent
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.cu"
         source.write_text(compiled.get_kernel_source())
         done = subprocess.run(
-            [*NVCC, f"-I{home / 'src'}", f"-I{home / '3rdparty/cutlass/include'}", "-o", f"{folder}/cubin", source],
+            [
+                *NVCC,
+                *options,
+                f"-I{home / 'src'}",
+                f"-I{home / '3rdparty/cutlass/include'}",
+                "-o",
+                f"{folder}/cubin",
+                source,
+            ],
             capture_output=True,
             text=True,
         )

@@ -1,0 +1,196 @@
+"""The short convolution on Hopper as a differentiable torch operator: a launch forward, one backward and a sum.
+
+Kept for the backward: x as it was given, the weight, the positions. Nothing here reads a value from the device.
+"""
+
+from functools import cache
+
+import torch
+
+from qlakernels.compiled import add_kernel, launchers
+from qlakernels.short_conv.hopper import backward, forward, march
+
+# Tokens of a thread. Longer ones read less twice and leave fewer sums, shorter ones are more threads.
+STRETCH = {"forward": 32, "backward": 128}
+LEAST_STRETCH = 8
+ENOUGH_THREADS = 2 * 132 * forward.BLOCKS * march.THREADS  # fill an H100 twice
+
+_forward_key = add_kernel(
+    "short_conv_forward", forward.forward_kernel, [march.__file__, forward.__file__], march.PASS_CONFIGS
+)
+_backward_key = add_kernel(
+    "short_conv_backward", backward.backward_kernel, [march.__file__, backward.__file__], march.PASS_CONFIGS
+)
+
+
+def run(x, weight, position_ids, activation):
+    """As `causal_conv1d`, x [B, T, D] with D a multiple of 8."""
+    if x.shape[0] * x.shape[1] == 0:
+        return x * weight.sum().to(x.dtype)  # no numbers, and gradients of zero
+    return _forward_op(x, weight, position_ids, activation == "silu")
+
+
+def specialisations(width: int, dtype: str, weight_dtype: str, position_dtype: str, silu: bool, keep: bool) -> dict:
+    """What one call needs, by name; with `keep` its backward as well. dtypes are names such as "bfloat16"."""
+    options = width, dtype, weight_dtype, position_dtype, silu
+    needed = {"forward": _forward_key(*options)}
+    if keep:
+        needed["backward"] = _backward_key(*options)
+    return needed
+
+
+@cache
+def _launchers(width, dtype, weight_dtype, position_dtype, silu, keep):
+    dtypes = (str(x).removeprefix("torch.") for x in (dtype, weight_dtype, position_dtype))
+    return launchers(specialisations(width, *dtypes, silu, keep))
+
+
+def stretch_of(name: str, tokens: int, channels: int) -> int:
+    """Tokens that a thread of a kernel takes: fewer where there are too few threads."""
+    groups = channels // {"forward": forward.CHANNELS, "backward": backward.CHANNELS}[name]
+    stretch = STRETCH[name]
+    while stretch > LEAST_STRETCH and -(-tokens // stretch) * groups < ENOUGH_THREADS:
+        stretch //= 2
+    return stretch
+
+
+def as_row(x: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """x [B, T, D] as one row of numbers from its first to its last, and the step between tokens.
+
+    A view, unless its channels are not contiguous, the batch does not lie behind itself, or loads of 16 bytes do not
+    fit the steps.
+    """
+    x = x.flatten(0, 1)
+    if x.stride(1) != 1 or x.stride(0) < x.shape[1] or x.stride(0) % 8 or x.data_ptr() % 16:
+        x = x.clone(memory_format=torch.contiguous_format)
+    tokens, channels = x.shape
+    step = x.stride(0)
+    return x.as_strided(((tokens - 1) * step + channels,), (1,)), step
+
+
+def _weight_and_positions(x, weight, position_ids):
+    """weight as one that the kernels take, and int positions [B·T], none where none are given"""
+    if weight.dtype not in (torch.float32, x.dtype):
+        weight = weight.float()
+    weight = weight.contiguous()
+    if weight.data_ptr() % 16:
+        weight = weight.clone()
+    if position_ids is None:
+        return weight, torch.empty(0, dtype=torch.int64, device=x.device)
+    if position_ids.dtype not in (torch.int32, torch.int64):
+        position_ids = position_ids.long()
+    return weight, position_ids.expand(x.shape[:2]).reshape(-1).contiguous()
+
+
+def _forward(x, weight, position_ids, silu):
+    (batch, length, channels), C = x.shape, forward.CHANNELS
+    tokens = batch * length
+    kernel_weight, positions = _weight_and_positions(x, weight, position_ids)
+    keep = x.requires_grad or weight.requires_grad
+    launch = _launchers(weight.shape[1], x.dtype, kernel_weight.dtype, positions.dtype, silu, keep)
+    row, step = as_row(x)
+    y = x.new_empty(x.shape)
+    launch["forward"](
+        row,
+        kernel_weight.view(channels // C, -1),
+        positions,
+        y.view(-1),
+        step // C,
+        tokens,
+        length,
+        stretch_of("forward", tokens, channels),
+    )
+    return y
+
+
+def _backward(dy, x, weight, position_ids, silu):
+    """dx in x's dtype; dweight in the weight's."""
+    (batch, length, channels), C = x.shape, backward.CHANNELS
+    tokens = batch * length
+    kernel_weight, positions = _weight_and_positions(x, weight, position_ids)
+    launch = _launchers(weight.shape[1], x.dtype, kernel_weight.dtype, positions.dtype, silu, True)
+    (dy_row, dy_step), (x_row, x_step) = as_row(dy), as_row(x)
+    dx = x.new_empty(x.shape)
+    stretch = stretch_of("backward", tokens, channels)
+    sums = x.new_empty(-(-tokens // stretch), channels // C, weight.shape[1] * C, dtype=torch.float32)
+    launch["backward"](
+        dy_row,
+        x_row,
+        kernel_weight.view(channels // C, -1),
+        positions,
+        dx.view(-1),
+        sums,
+        dy_step // C,
+        x_step // C,
+        tokens,
+        length,
+        stretch,
+    )
+    return dx, sums.sum(0).view(weight.shape).to(weight.dtype)
+
+
+_library = torch.library.Library("qlakernels", "FRAGMENT")
+_library.define(
+    "causal_conv1d(Tensor x, Tensor weight, Tensor? position_ids, bool silu) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_library.define(
+    "causal_conv1d_backward(Tensor dy, Tensor x, Tensor weight, Tensor? position_ids, bool silu) -> (Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_forward_op = torch.ops.qlakernels.causal_conv1d.default
+_backward_op = torch.ops.qlakernels.causal_conv1d_backward.default
+
+
+def _below_autograd(op, keyset, *inputs):
+    with torch._C._AutoDispatchBelowAutograd():
+        return op.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
+
+
+class _CausalConv1d(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, keyset, x, weight, position_ids, silu):
+        ctx.save_for_backward(x, weight, position_ids)
+        ctx.silu = silu
+        return _below_autograd(_forward_op, keyset, x, weight, position_ids, silu)
+
+    @staticmethod
+    def backward(ctx, dy):
+        dx, dweight = _backward_op(dy, *ctx.saved_tensors, ctx.silu)
+        return None, dx, dweight, None, None
+
+
+class _OfGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, keyset, *inputs):
+        return _below_autograd(_backward_op, keyset, *inputs)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise NotImplementedError("the short convolution of the tilelang backend has no second gradients")
+
+
+def _autograd(keyset, x, weight, position_ids, silu):
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return _CausalConv1d.apply(keyset, x, weight, position_ids, silu)
+    return _below_autograd(_forward_op, keyset, x, weight, position_ids, silu)
+
+
+def _autograd_of_gradients(keyset, *inputs):
+    if torch.is_grad_enabled():
+        return _OfGradients.apply(keyset, *inputs)
+    return _below_autograd(_backward_op, keyset, *inputs)
+
+
+for _op, _impl, _fake, _differentiable in (
+    ("causal_conv1d", _forward, lambda x, *_: x.new_empty(x.shape), _autograd),
+    (
+        "causal_conv1d_backward",
+        _backward,
+        lambda dy, x, weight, *_: (x.new_empty(x.shape), weight.new_empty(weight.shape)),
+        _autograd_of_gradients,
+    ),
+):
+    _library.impl(_op, _impl, "CompositeExplicitAutograd")
+    _library.impl(_op, _differentiable, "Autograd", with_keyset=True)
+    torch.library.register_fake(f"qlakernels::{_op}", _fake, lib=_library)
