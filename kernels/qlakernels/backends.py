@@ -119,3 +119,16 @@ def installed(distribution: str) -> str | None:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def refused_by_hopper(call: Call) -> str | None:
+    """Why no TileLang kernel for Hopper can run the call, whatever its shape; None where they can."""
+    if call.device.type != "cuda":
+        return f"needs a Hopper GPU, the tensors are on {call.device.type}"
+    if torch.cuda.get_device_capability() != (9, 0):
+        return f"needs compute capability 9.0, this GPU has {torch.cuda.get_device_capability()}"
+    if installed("tilelang") is None:
+        return "tilelang is not installed"
+    if call.dtype not in (torch.bfloat16, torch.float16):
+        return f"takes bfloat16 and float16, not {str(call.dtype).removeprefix('torch.')}"
+    return None

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -112,13 +113,10 @@ class Results:
         """The rows; errors in a column each."""
         tensors = sorted({name for row in self.rows for name in row.errors})
         names = [item.name for item in fields(Row) if item.name not in ("errors", "bars")]
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow([*names, *(f"error_{name}" for name in tensors)])
-        for row in self.rows:
-            values = [getattr(row, name) for name in names] + [row.errors.get(name) for name in tensors]
-            writer.writerow(["" if value is None else value for value in values])
-        return text.getvalue()
+        return csv_text(
+            [*names, *(f"error_{name}" for name in tensors)],
+            ([getattr(row, name) for name in names] + [row.errors.get(name) for name in tensors] for row in self.rows),
+        )
 
     @classmethod
     def read(cls, path: Path) -> "Results":
@@ -140,6 +138,16 @@ class Results:
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is not whole ({error}): measure it again") from error
         return cls(rows=rows, ceilings=ceilings, **rest)
+
+
+def csv_text(header: list[str], rows: Iterable[list]) -> str:
+    """A table as text; None leaves a field empty."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    for row in rows:
+        writer.writerow(["" if value is None else value for value in row])
+    return text.getvalue()
 
 
 def _numbers(errors: dict[str, float | str]) -> dict[str, float]:

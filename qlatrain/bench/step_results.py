@@ -1,10 +1,9 @@
 """The rows of `bench_step`, and the files that hold them: `results.json` with all, `results.csv` with the rows."""
 
-import csv
-import io
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+from qlatrain.bench.results import csv_text
 from qlatrain.bench.step_job import OURS, StepJob
 from qlatrain.files import write_aside, write_json
 from qlatrain.metrics.kernel_times import FAMILIES
@@ -122,10 +121,7 @@ class StepResults:
     def csv(self) -> str:
         """The rows; families in a column each."""
         names = [item.name for item in fields(StepRow) if item.name not in ("families", "step_milliseconds")]
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow([*names, *(f"{family}_milliseconds" for family in FAMILIES)])
-        for row in self.rows:
-            values = [getattr(row, name) for name in names] + [row.families.get(family) for family in FAMILIES]
-            writer.writerow(["" if value is None else value for value in values])
-        return text.getvalue()
+        return csv_text(
+            [*names, *(f"{family}_milliseconds" for family in FAMILIES)],
+            ([getattr(row, name) for name in names] + [row.families.get(x) for x in FAMILIES] for row in self.rows),
+        )

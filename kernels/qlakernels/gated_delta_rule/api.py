@@ -2,7 +2,7 @@
 
 import torch
 
-from qlakernels.backends import Backend, Call, installed, register, select
+from qlakernels.backends import Backend, Call, refused_by_hopper, register, select
 from qlakernels.checks import check_cu_seqlens
 from qlakernels.gated_delta_rule import peers
 from qlakernels.gated_delta_rule.torch_chunk import chunk_gated_delta_rule_torch, dense_bounds
@@ -153,14 +153,8 @@ KEY_DIMS, VALUE_DIMS = (64, 96, 128), (64, 96, 128, 192, 256)  # what the Hopper
 
 
 def _refuses_tilelang(call: Call) -> str | None:
-    if call.device.type != "cuda":
-        return f"needs a Hopper GPU, the tensors are on {call.device.type}"
-    if torch.cuda.get_device_capability() != (9, 0):
-        return f"needs compute capability 9.0, this GPU has {torch.cuda.get_device_capability()}"
-    if installed("tilelang") is None:
-        return "tilelang is not installed"
-    if call.dtype not in (torch.bfloat16, torch.float16):
-        return f"takes bfloat16 and float16, not {str(call.dtype).removeprefix('torch.')}"
+    if reason := refused_by_hopper(call):
+        return reason
     if call.key_dim not in KEY_DIMS or call.value_dim not in VALUE_DIMS:
         return f"takes K in {KEY_DIMS} and V in {VALUE_DIMS}, not K={call.key_dim}, V={call.value_dim}"
     return None

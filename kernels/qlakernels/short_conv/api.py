@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from qlakernels.backends import Backend, Call, installed, register, select
+from qlakernels.backends import Backend, Call, refused_by_hopper, register, select
 from qlakernels.checks import check_cu_seqlens
 
 OPERATOR = "causal_conv1d"
@@ -75,14 +75,8 @@ WIDTHS = (2, 3, 4)  # what the Hopper kernels take
 
 
 def _refuses_tilelang(call: Call) -> str | None:
-    if call.device.type != "cuda":
-        return f"needs a Hopper GPU, the tensors are on {call.device.type}"
-    if torch.cuda.get_device_capability() != (9, 0):
-        return f"needs compute capability 9.0, this GPU has {torch.cuda.get_device_capability()}"
-    if installed("tilelang") is None:
-        return "tilelang is not installed"
-    if call.dtype not in (torch.bfloat16, torch.float16):
-        return f"takes bfloat16 and float16, not {str(call.dtype).removeprefix('torch.')}"
+    if reason := refused_by_hopper(call):
+        return reason
     if call.width not in WIDTHS or call.key_dim % 8:
         return f"takes W in {WIDTHS} and D a multiple of 8, not W={call.width}, D={call.key_dim}"
     return None
