@@ -1,40 +1,180 @@
-"""Kernels of further operators in the loader and cache of the gated delta rule's, `gated_delta_rule.hopper.kernels`.
+"""The kernels as they are compiled: built side by side at first use, kept in the disk cache, found without tilelang.
 
-Their sources are not among those that the cache of that module knows its kernels by, so a key carries a digest of them:
-(name, what the maker takes …, digest). With such a key `load`, `launcher`, `kernel` and `resources` work as with any.
+A kernel is known by a key: its name, then what its maker takes, all strings, numbers and booleans. Where it lies in the
+cache follows from the key, from the sources of its package and from tilelang's version, so that nothing has to be
+traced, nor tilelang imported, to find it: a process that finds all it needs loads tilelang's runtime, and no more.
 """
 
+import ctypes
 import hashlib
-from collections.abc import Callable
+import importlib.metadata
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Collection, Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import cache
 from pathlib import Path
+from threading import Lock
+from typing import NamedTuple
 
-from qlakernels.gated_delta_rule.hopper.kernels import MAKERS, PASS_CONFIGS, launcher, load
+import tvm_ffi
+from tqdm import tqdm
 
 
-def add_kernel(name: str, maker: Callable, sources: list[str], pass_configs: dict) -> Callable[..., tuple]:
-    """Makes `maker` known under `name`, once; sources: the files that it is made from.
+class Maker(NamedTuple):
+    """Where the function is that makes a kernel, and what it is compiled with.
 
-    Returns the function from what the maker takes to the key of a specialisation.
+    package: that the kernel's sources make up, without the modules in `host`, which no kernel is made from.
+    known_by: the module whose import makes the kernel known, for the processes that compile.
     """
-    assert name not in MAKERS, f"two kernels are named {name}"
-    MAKERS[name] = lambda *options: maker(*options[:-1])
-    PASS_CONFIGS[name] = pass_configs
-    paths = tuple(sources)
-    return lambda *options: (name, *options, _digest(paths))
+
+    package: str
+    module: str
+    function: str
+    pass_configs: dict
+    host: frozenset[str]
+    known_by: str
 
 
-def launchers(keys: dict[str, tuple]) -> dict[str, Callable]:
-    """What launches each, by name; compiled one after the other where they are not in the cache, seconds each.
+_makers: dict[str, Maker] = {}
+_slowest: set[str] = set()
+_functions: dict[tuple, Callable] = {}
+_lock = Lock()
+
+
+def add_kernels(
+    known_by: str,
+    makers: dict[str, str],
+    pass_configs: dict[str, dict],
+    host: Collection[str] = (),
+    slowest: Iterable[str] = (),
+) -> None:
+    """Makes kernels known by name. To be called where `known_by`, a module without tilelang, is imported.
+
+    makers: "module.function" in the package of that module, by the kernel's name. pass_configs: by name, where there
+    are any. slowest: the names of those to begin with.
+    """
+    package, own_name = known_by.rpartition(".")[::2]
+    host = frozenset(host) | {own_name}
+    for name, place in makers.items():
+        assert name not in _makers, f"two kernels are named {name}"
+        module, function = place.split(".")
+        _makers[name] = Maker(package, module, function, pass_configs.get(name, {}), host, known_by)
+    _slowest.update(slowest)
+
+
+def maker_of(key: tuple) -> Maker:
+    return _makers[key[0]]
+
+
+def load(needed: Iterable[tuple]) -> None:
+    """Makes kernels ready for `launcher`, side by side: hundredths of a second each from the cache, else 5 to 40 s.
 
     Raises:
         RuntimeError: a kernel does not compile.
     """
-    for key in keys.values():
-        load([key])  # the processes that compile several at once know only the gated delta rule's
-    return {name: launcher(key) for name, key in keys.items()}
+    with _lock:
+        missing = [key for key in dict.fromkeys(needed) if key not in _functions]
+        fresh = [key for key in missing if not library(key).exists()]
+        if fresh:
+            _compile_all(fresh)
+        for key in missing:
+            if key not in _functions:
+                _functions[key] = _load_library(library(key))
+
+
+def launcher(key: tuple) -> Callable:
+    """The function that launches the kernel of a key, without the Python that tilelang wraps around it.
+
+    That Python (5 µs a call) makes outputs, of which our kernels return none. The function itself checks the number,
+    dtypes, shapes, strides and device of its arguments, and takes the current stream of the tensors' device.
+    """
+    load([key])
+    return _functions[key]
+
+
+def launchers(keys: dict[str, tuple]) -> dict[str, Callable]:
+    """`launcher` of each, by name."""
+    load(keys.values())
+    return {name: _functions[key] for name, key in keys.items()}
+
+
+def cache_directory() -> Path:
+    """tilelang's, as it finds it."""
+    return Path(os.environ.get("TILELANG_CACHE_DIR") or Path("~/.tilelang/cache").expanduser())
+
+
+def library(key: tuple) -> Path:
+    """Where the key's kernel lies, as these sources make it, once it is compiled."""
+    maker = maker_of(key)
+    text = repr((key, _version(), sources_digest(maker.package, maker.host), maker.pass_configs))
+    return cache_directory() / "qlakernels" / f"{hashlib.sha256(text.encode()).hexdigest()}.so"
 
 
 @cache
-def _digest(paths: tuple[str, ...]) -> str:
-    return hashlib.sha256(b"".join(Path(path).read_bytes() for path in paths)).hexdigest()
+def sources_digest(package: str, host: frozenset[str]) -> str:
+    """Of the modules of a package but those in `host`."""
+    (folder,) = importlib.util.find_spec(package).submodule_search_locations
+    digest = hashlib.sha256()
+    for path in sorted(Path(folder).glob("*.py")):
+        if path.stem not in host:
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+@cache
+def _version() -> str:
+    return importlib.metadata.version("tilelang")
+
+
+@cache
+def _load_runtime() -> None:
+    """What compiled kernels call: the very libraries that tilelang would load itself, 0.1 s where its import takes 1.
+
+    Where tilelang is imported, before or after, they are loaded once.
+    """
+    folder = Path(importlib.util.find_spec("tilelang").origin).parent / "lib"
+    for name in ("libtvm_runtime.so", "libtilelang.so"):
+        ctypes.CDLL(str(folder / name), mode=ctypes.RTLD_GLOBAL)
+
+
+def _load_library(path: Path) -> Callable:
+    _load_runtime()
+    return tvm_ffi.load_module(str(path)).get_function("main", query_imports=True)
+
+
+def _compile_all(keys: list[tuple]) -> None:
+    """One kernel here, the others in processes, as half of a compilation is Python and holds its lock."""
+    keys = sorted(keys, key=lambda key: key[0] not in _slowest)
+    aside = keys[1:] if sys.executable else []
+    here = keys[: len(keys) - len(aside)]
+    with (
+        ThreadPoolExecutor(min(len(keys), len(os.sched_getaffinity(0)))) as pool,
+        tqdm(desc="compiling Hopper kernels", total=len(keys), delay=2.0, unit="kernel") as progress,
+    ):
+        done = [pool.submit(_compile_in_process, key) for key in aside]
+        done += [pool.submit(_compile_here, key) for key in here]
+        for future in as_completed(done):
+            future.result()
+            progress.update()
+
+
+def _compile_here(key: tuple) -> None:
+    try:
+        from qlakernels.compiling import compile_into_cache
+
+        compile_into_cache(key)
+    except Exception as error:
+        raise RuntimeError(f"the kernel {key} does not compile: {type(error).__name__}: {error}") from error
+
+
+def _compile_in_process(key: tuple) -> None:
+    variables = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command = [sys.executable, "-m", "qlakernels.compiling", maker_of(key).known_by, json.dumps(key)]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or ["no message"]
+        raise RuntimeError(f"the kernel {key} does not compile: {lines[-1]}")

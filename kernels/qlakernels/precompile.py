@@ -20,7 +20,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.arch != "sm_90a":
         sys.exit(f"error: --arch {arguments.arch} has no kernels: use sm_90a")
-    from qlakernels.gated_delta_rule.hopper.kernels import load, specialisations
+    from qlakernels.compiled import load
+    from qlakernels.gated_delta_rule.hopper.kernels import specialisations
 
     needed = []
     for key_dim, value_dim in head_sizes(arguments.heads):

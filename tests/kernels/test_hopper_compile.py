@@ -6,8 +6,12 @@ import subprocess
 import sys
 
 import pytest
+import z3
 
-from qlakernels.gated_delta_rule.hopper.kernels import load
+import qlakernels.short_conv.hopper.kernels  # noqa: F401  makes its kernels known
+from qlakernels import compiling
+from qlakernels.compiled import library, load, maker_of, sources_digest
+from qlakernels.compiling import kernel
 from qlakernels.gated_delta_rule.hopper.resources import SPILL_LIMITS, resources, training_kernels
 
 SHARED_MEMORY = 227 * 1024  # of a block on an H100
@@ -37,16 +41,41 @@ def test_every_kernel_has_a_limit():
 def test_a_kernel_that_does_not_compile(monkeypatch, tmp_path):
     monkeypatch.setattr("tilelang.env.TILELANG_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("TILELANG_CACHE_DIR", str(tmp_path))
-    with pytest.raises(RuntimeError, match=r"the kernel \('nothing',\) does not compile: KeyError: 'nothing'"):
-        load([("nothing",), ("nobody",)])
+    with pytest.raises(RuntimeError, match=r"the kernel \('reach', 1, 2\) does not compile: TypeError: "):
+        load([("reach", 1, 2)])
+    with pytest.raises(RuntimeError, match=r"the kernel \('decay', 2\) does not compile: TypeError: "):
+        load([("reach", True), ("decay", 2)])  # the last of them in a process of its own
 
 
 def test_what_was_compiled_is_found(monkeypatch, tmp_path):
-    """In the cache, by a process that has not compiled it."""
+    """In the cache, by a process that has not compiled it, and imports no compiler."""
     monkeypatch.setenv("TILELANG_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
-    find = "from qlakernels.gated_delta_rule.hopper import kernels as k; key = ('reach', True); "
-    compile_it = find + "print(k._library(key).exists()); k.load([key]); print(k._library(key).exists())"
-    for expected in ("False\nTrue", "True\nTrue"):
-        done = subprocess.run([sys.executable, "-c", compile_it], capture_output=True, text=True, check=True)
-        assert done.stdout.strip() == expected
+    script = """if True:
+        import sys
+        from qlakernels import compiled
+        from qlakernels.gated_delta_rule.hopper import operator
+        key = ("reach", True)
+        print(compiled.library(key).exists(), callable(compiled.launcher(key)), "tilelang" in sys.modules)
+        import tilelang  # both ways to its runtime, in one process
+        print(tilelang.__version__ is not None, callable(compiled.launcher(("reach", False))))
+    """
+    for there, imported in ((False, True), (True, False)):
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+        assert done.stdout.split("\n")[:2] == [f"{there} True {imported}", "True True"]
+
+
+def test_the_prover_is_left_as_it_was():
+    before = z3.get_param("smt.arith.solver")
+    kernel(("reach", True))
+    assert z3.get_param("smt.arith.solver") == before != compiling.PROVER["smt.arith.solver"]
+
+
+def test_a_place_follows_from_key_and_sources():
+    """And from nothing that the operator alone is made of."""
+    keys = [("reach", True), ("reach", False), ("boundaries",), ("short_conv_forward", 4)]
+    assert len({library(key) for key in keys}) == len(keys)
+    maker = maker_of(("reach", True))
+    assert maker.host == {"operator", "constants", "resources", "kernels"}
+    digests = {sources_digest(maker.package, maker.host - some) for some in (set(), {"kernels"}, {"operator"})}
+    assert len(digests) == 3

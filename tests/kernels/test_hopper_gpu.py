@@ -34,9 +34,10 @@ from hopper_helpers import (
     with_raw_gates,
 )
 
+from qlakernels.compiled import launcher
 from qlakernels.gated_delta_rule.hopper import operator
 from qlakernels.gated_delta_rule.hopper.boundaries import MOST
-from qlakernels.gated_delta_rule.hopper.kernels import launcher, rows_of_many_scans
+from qlakernels.gated_delta_rule.hopper.kernels import rows_of_many_scans
 from qlakernels.gated_delta_rule.hopper.reach import BEYOND
 
 pytestmark = pytest.mark.gpu

@@ -11,8 +11,9 @@ from on_cpu import compile_for_cpu
 
 from qlakernels.gated_delta_rule.hopper import boundaries, reach
 from qlakernels.gated_delta_rule.hopper.boundaries import boundaries_kernel
-from qlakernels.gated_delta_rule.hopper.gate_gradients import TOKENS, WIDTH, gate_gradients_kernel
+from qlakernels.gated_delta_rule.hopper.gate_gradients import WIDTH, gate_gradients_kernel
 from qlakernels.gated_delta_rule.hopper.reach import decay_kernel
+from qlakernels.gated_delta_rule.hopper.sizes import GATE_TOKENS as TOKENS
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="kernels for the CPU need g++")
 NAN = float("nan")

@@ -9,8 +9,8 @@ import torch._dynamo.testing
 from torch.library import opcheck
 
 from qlakernels.gated_delta_rule.hopper import constants, operator
-from qlakernels.gated_delta_rule.hopper.gate_gradients import TOKENS
 from qlakernels.gated_delta_rule.hopper.kernels import specialisations
+from qlakernels.gated_delta_rule.hopper.sizes import GATE_TOKENS as TOKENS
 
 OUTPUTS = {  # of each kernel: the places of its outputs among its arguments
     "boundaries": [1],

@@ -1,17 +1,14 @@
 """The short convolution's kernels compile for sm_90a without a GPU, and spill nothing. Needs nvcc."""
 
-import hashlib
 import shutil
-from pathlib import Path
 
 import pytest
 
-from qlakernels.compiled import launchers
-from qlakernels.gated_delta_rule.hopper.kernels import _library, kernel
+from qlakernels.compiled import launchers, library
+from qlakernels.compiling import kernel
 from qlakernels.gated_delta_rule.hopper.resources import resources
-from qlakernels.short_conv.hopper import backward, forward, march
-from qlakernels.short_conv.hopper.march import THREADS
-from qlakernels.short_conv.hopper.operator import specialisations
+from qlakernels.short_conv.hopper.kernels import specialisations
+from qlakernels.short_conv.hopper.sizes import BLOCKS, THREADS
 
 REGISTERS = 2**16  # of a multiprocessor
 CASES = [(4, "bfloat16", "float32"), (4, "bfloat16", "bfloat16"), (3, "float16", "float32")]
@@ -29,18 +26,14 @@ def test_resources(width, dtype, weight_dtype, name):
     key = specialisations(width, dtype, weight_dtype, "int64", True, True)[name]
     found = resources(key)
     assert found.spilled == 0 and found.shared == 0
-    blocks = {"forward": forward.BLOCKS, "backward": backward.BLOCKS}[name]
-    assert 0 < found.registers * THREADS * blocks <= REGISTERS
+    assert 0 < found.registers * THREADS * BLOCKS <= REGISTERS
     source = kernel(key).get_kernel_source()
     assert "*(uint4*)(y +" in source if name == "forward" else "*(uint2*)(dx +" in source
     assert "*(uint4*)(rows +" in source if name == "forward" else "*(uint2*)(dy_rows +" in source
 
 
 def test_what_was_compiled_is_found():
-    """In the cache of the gated delta rule's kernels, under a key that knows the sources."""
     keys = specialisations(4, "bfloat16", "float32", "int64", True, True)
     launch = launchers(keys)
     assert set(launch) == {"forward", "backward"} and all(map(callable, launch.values()))
-    assert all(_library(key).exists() for key in keys.values())
-    sources = b"".join(Path(module.__file__).read_bytes() for module in (march, forward))
-    assert keys["forward"][-1] == hashlib.sha256(sources).hexdigest()
+    assert all(library(key).exists() for key in keys.values())

@@ -8,6 +8,7 @@ from on_cpu import compile_for_cpu
 
 from qlakernels import causal_conv1d
 from qlakernels.short_conv.hopper import backward, forward
+from qlakernels.short_conv.hopper.sizes import CHANNELS
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="kernels for the CPU need g++")
 NAN = float("nan")
@@ -55,10 +56,10 @@ def test_forward_and_backward(width, silu, monkeypatch):
         given = torch.empty(0, dtype=torch.int64) if positions is None else positions.flatten()
         for stretch in (8, 16, 64):
             y, dx = torch.full((tokens * channels,), NAN), torch.full((tokens * channels,), NAN)
-            C = forward.CHANNELS
+            C = CHANNELS["forward"]
             run_forward(x_row, weight.view(-1, C * width), given, y, x_step // C, tokens, length, stretch)
             torch.testing.assert_close(y.view(x.shape).double(), expected.detach(), rtol=1e-5, atol=1e-5)
-            C = backward.CHANNELS
+            C = CHANNELS["backward"]
             sums = torch.full((-(-tokens // stretch), channels // C, C * width), NAN)
             run_backward(
                 dy_row,

@@ -23,7 +23,6 @@ import tilelang.language as T
 
 from qlakernels.gated_delta_rule.hopper.common import (
     BETA_MIN,
-    CHUNK,
     L2_EPS,
     LOG2E,
     arrive,
@@ -33,13 +32,13 @@ from qlakernels.gated_delta_rule.hopper.common import (
     wait,
     weight_of_W,
 )
+from qlakernels.gated_delta_rule.hopper.sizes import CHUNK, VECTORS
 
 BLOCK = 16
 STAGES = 3  # of k and the vectors in a scan
 Q_STAGES = 2
 PLACES = 2  # of N and P
 # rows of a chunk's vectors in shared memory, [VECTORS, CHUNK] in float32
-VECTORS = 12
 LOG2, BETA, GAMMA, RHO = range(4)  # of the gates
 ROW_P, OUTPUT = 4, 5  # of the queries
 LEFT_L, RIGHT_L, RIGHT_P, BAR, STATE_KAPPA, INTO_STATE = range(

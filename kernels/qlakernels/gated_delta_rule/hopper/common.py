@@ -17,6 +17,8 @@ from tilelang.cuda.intrinsics.macro.wgmma_macro_generator import (
 from tilelang.layout import Fragment, make_full_bank_swizzled_layout, make_half_bank_swizzled_layout
 from tvm import DataType
 
+from qlakernels.gated_delta_rule.hopper.sizes import CHUNK
+
 if tilelang.__version__.startswith("0.1.15"):
     # It fences the accumulators of all warpgroups in each of them, which reads past the end of a thread's registers
     # and spills them: with one accumulator over two warpgroups, 1,188 bytes in the forward.
@@ -26,9 +28,6 @@ if tilelang.__version__.startswith("0.1.15"):
         )
     )
 
-CHUNK = 64
-TARGET = {"kind": "cuda", "arch": "sm_90a"}
-STATE_STRIDE = 256  # tokens between the states that the forward keeps for the backward
 BETA_MIN = {"bfloat16": 2.0**-16, "float16": 2.0**-8}  # what W and dv are divided by must be a number of their dtype
 OMEGA_MIN = 2.0**-100
 LOG2E = 1.4426950408889634
@@ -215,6 +214,16 @@ def bring(tile, stage, source, first, head, left, width, full):
 def state_layout(tile):
     """Layout of a tile of the state in shared memory, [V, K], that the copy engine takes and rows do not meet in."""
     return make_full_bank_swizzled_layout(tile) if tile.shape[-1] % 64 == 0 else make_half_bank_swizzled_layout(tile)
+
+
+def accumulator_rows() -> Fragment:
+    """Layout of a loop over what each of 64 rows of a wgmma accumulator has been reduced to, which four threads hold.
+
+    tilelang would find it, by trying it out anew with each of a warpgroup's loops: 4 s for the largest kernel.
+    """
+    return Fragment(
+        (64,), forward_fn=lambda row, copy: (row // 16 * 32 + row % 8 * 4 + copy, row % 16 // 8), replicate=4
+    )
 
 
 def transposed_accumulator(rows: int) -> Fragment:

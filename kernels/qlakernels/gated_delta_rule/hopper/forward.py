@@ -40,7 +40,6 @@ from qlakernels.gated_delta_rule.hopper.chunk import (
     ROW_P,
     STAGES,
     STATE_KAPPA,
-    VECTORS,
     cut,
     serve_gates,
     serve_keys,
@@ -48,13 +47,11 @@ from qlakernels.gated_delta_rule.hopper.chunk import (
     weigh,
 )
 from qlakernels.gated_delta_rule.hopper.common import (
-    CHUNK,
     CLOSES,
     FIRST,
     LENGTH,
     OPENS,
     PRELUDE,
-    STATE_STRIDE,
     arrive,
     bring,
     folds_decay,
@@ -66,6 +63,7 @@ from qlakernels.gated_delta_rule.hopper.common import (
     transposed_accumulator,
     wait,
 )
+from qlakernels.gated_delta_rule.hopper.sizes import CHUNK, STATE_STRIDE, VECTORS
 
 # consumers → registers of a thread of theirs, of the auxiliary, of the producer
 REGISTERS = {1: (216, 168, 120), 2: (192, 88, 40)}

@@ -13,7 +13,8 @@ A block takes `TOKENS` tokens of `WIDTH` heads, 32 bytes of bfloat16 to a row, a
 
 import tilelang.language as T
 
-TOKENS = 64
+from qlakernels.gated_delta_rule.hopper.sizes import GATE_TOKENS as TOKENS
+
 WIDTH = 16
 PARTS = 8  # of a block's sum over tokens, added up side by side
 

@@ -43,12 +43,11 @@ from qlakernels.gated_delta_rule.hopper.chunk import FAR, cut, weigh
 from qlakernels.gated_delta_rule.hopper.common import (
     BASE,
     BETA_MIN,
-    CHUNK,
     FIRST,
     LEFT,
     LOG2E,
     PRELUDE,
-    STATE_STRIDE,
+    accumulator_rows,
     acquire_stores,
     arrive,
     folds_decay,
@@ -58,14 +57,10 @@ from qlakernels.gated_delta_rule.hopper.common import (
     wait,
     weight_of_W,
 )
+from qlakernels.gated_delta_rule.hopper.sizes import CHUNK, PART, STATE_STRIDE, value_parts
 
-PART = 64
 VECTORS = 13
 TOTAL, SHIFTED, COLUMN, ROW_F, ROW_H, ROW_A, ROW_B, ROW_E, CHI_2, KAPPA_2, BETA, BAR, OMEGA = range(VECTORS)
-
-
-def value_parts(value_dim: int) -> int:
-    return -(-value_dim // PART)
 
 
 def gradients_kernel(key_dim, value_dim, dtype, l2norm):
@@ -318,7 +313,7 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
                                 for i, j in T.Parallel(C, C):
                                     picked[i, j] = T.Select(i == j, H[i, j], T.float32(0.0))
                                 T.reduce_sum(picked, rows_q, dim=1)
-                                for i in T.Parallel(C):
+                                for i in T.Parallel(C, loop_layout=accumulator_rows()):
                                     if i < left:
                                         dbeta[first + i, head] = rows_q[i] / (
                                             vec[step % 2, BAR, i] * vec[step % 2, OMEGA, i]
@@ -344,7 +339,8 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
                                 wait(FH_empty, 0, (step + 1) % 2)
                                 T.copy(F_r, F_s)
                                 T.copy(H_r, H_s)
-                                T.copy(rows_q, f_s)
+                                for i in T.Parallel(C, loop_layout=accumulator_rows()):
+                                    f_s[i] = rows_q[i]
                                 release_tiles()
                                 arrive(FH_full, 0)
                                 T.clear(a_f)
@@ -384,7 +380,8 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
                                 for i in T.Parallel(C):
                                     square_q[i] = vec[step % 2, CHI_2, i]
                                 wait(sums_empty, 0, (step + 1) % 2)
-                                T.copy(a_f, a_s)
+                                for i in T.Parallel(C, loop_layout=accumulator_rows()):
+                                    a_s[i] = a_f[i]
                                 release_tiles()
                                 arrive(sums_full, 0)
                                 arrive(vec_empty, step % 2)
@@ -476,8 +473,10 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
                                 for i in T.Parallel(C):
                                     square_k[i] = vec[step % 2, KAPPA_2, i]
                                 wait(sums_empty, 0, (step + 1) % 2)
-                                T.copy(b_f, b_s)
-                                T.copy(e_f, e_s)
+                                for i in T.Parallel(C, loop_layout=accumulator_rows()):
+                                    b_s[i] = b_f[i]
+                                for i in T.Parallel(C, loop_layout=accumulator_rows()):
+                                    e_s[i] = e_f[i]
                                 release_tiles()
                                 arrive(sums_full, 0)
                                 arrive(vec_empty, step % 2)

@@ -17,12 +17,10 @@ from typing import NamedTuple
 
 import torch
 
-from qlakernels.gated_delta_rule.hopper.chunk import VECTORS
-from qlakernels.gated_delta_rule.hopper.common import CHUNK, STATE_STRIDE
+from qlakernels.compiled import launchers
 from qlakernels.gated_delta_rule.hopper.constants import constant, equal_rows, zero_states, zeros
-from qlakernels.gated_delta_rule.hopper.gate_gradients import TOKENS as GATE_TOKENS
-from qlakernels.gated_delta_rule.hopper.gradients import PART, value_parts
-from qlakernels.gated_delta_rule.hopper.kernels import launcher, load, rows_of_many_scans, specialisations
+from qlakernels.gated_delta_rule.hopper.kernels import rows_of_many_scans, specialisations
+from qlakernels.gated_delta_rule.hopper.sizes import CHUNK, GATE_TOKENS, PART, STATE_STRIDE, VECTORS, value_parts
 
 LEAST_SEGMENT = 1024  # tokens; with shorter ones, or fewer to a document, the stitching costs more than it gains
 LEAST_CUTS = 3
@@ -133,8 +131,7 @@ def _launchers(
     """The kernels of a call, and with `keep` of its backward, by name; compiled side by side where they are not yet."""
     dtypes = _name(raw_dtype), _name(beta_dtype)
     needed = specialisations(key_dim, value_dim, _name(dtype), l2norm, gate, sigmoid, *dtypes, keep, part, cut)
-    load(list(needed.values()))
-    return {name: launcher(key) for name, key in needed.items()}
+    return launchers(needed)
 
 
 @cache

@@ -12,7 +12,6 @@ from qlakernels.gated_delta_rule.hopper.chunk import (
     LOG2,
     RIGHT_L,
     ROW_P,
-    VECTORS,
     clear_N,
     cut,
     load_gates,
@@ -24,7 +23,6 @@ from qlakernels.gated_delta_rule.hopper.chunk import (
 )
 from qlakernels.gated_delta_rule.hopper.common import (
     BASE,
-    CHUNK,
     FIRST,
     LENGTH,
     PRELUDE,
@@ -34,6 +32,7 @@ from qlakernels.gated_delta_rule.hopper.common import (
     take_segment,
     wait,
 )
+from qlakernels.gated_delta_rule.hopper.sizes import CHUNK, VECTORS
 
 BLOCKS = 3  # of a multiprocessor
 LANES = 32  # blocks that share the chunks of a section

@@ -13,7 +13,6 @@ import tilelang.language as T
 from qlakernels.gated_delta_rule.hopper.chunk import LEAST_DECAY, sigmoid_of, softplus
 from qlakernels.gated_delta_rule.hopper.common import (
     BASE,
-    CHUNK,
     FIRST,
     LEFT,
     LENGTH,
@@ -23,6 +22,7 @@ from qlakernels.gated_delta_rule.hopper.common import (
     log2,
     take_segment,
 )
+from qlakernels.gated_delta_rule.hopper.sizes import CHUNK
 
 BEYOND = 192.0  # powers of two
 WIDTH = 16  # heads of a block

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import tilelang
 
-from qlakernels.gated_delta_rule.hopper.kernels import IN_SEGMENTS, PASS_CONFIGS, kernel, load, specialisations
+from qlakernels.compiled import load, maker_of
+from qlakernels.compiling import kernel
+from qlakernels.gated_delta_rule.hopper.kernels import IN_SEGMENTS, specialisations
 
 # Bytes of a thread's registers that the compiler may put into memory, per kernel.
 SPILL_LIMITS = {"boundaries": 0, "forward": 100, "reverse": 100, "gradients": 150, "gate_gradients": 0}
@@ -35,7 +37,7 @@ def resources(key: tuple) -> Resources:
         RuntimeError: nvcc refused the source.
     """
     compiled = kernel(key)
-    options = ["--use_fast_math"] if (PASS_CONFIGS.get(key[0]) or {}).get("tl.enable_fast_math") else []
+    options = ["--use_fast_math"] if maker_of(key).pass_configs.get("tl.enable_fast_math") else []
     home = Path(tilelang.__file__).parent
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.cu"

@@ -31,7 +31,6 @@ from qlakernels.gated_delta_rule.hopper.chunk import (
     ROW_P,
     STAGES,
     STATE_KAPPA,
-    VECTORS,
     cut,
     serve_gates,
     serve_keys,
@@ -40,7 +39,6 @@ from qlakernels.gated_delta_rule.hopper.chunk import (
 )
 from qlakernels.gated_delta_rule.hopper.common import (
     BASE,
-    CHUNK,
     FIRST,
     LENGTH,
     OPENS,
@@ -56,6 +54,7 @@ from qlakernels.gated_delta_rule.hopper.common import (
     wait,
 )
 from qlakernels.gated_delta_rule.hopper.forward import REGISTERS
+from qlakernels.gated_delta_rule.hopper.sizes import CHUNK, VECTORS
 
 
 def reverse_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_dtype, beta_dtype):

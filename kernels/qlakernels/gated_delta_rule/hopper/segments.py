@@ -16,18 +16,9 @@ one of dO, 110 KB: two blocks a multiprocessor.
 import tilelang.language as T
 from tilelang.layout import make_full_bank_swizzled_layout
 
-from qlakernels.gated_delta_rule.hopper.chunk import (
-    BAR,
-    BETA,
-    GAMMA,
-    INTO_STATE,
-    OUTPUT,
-    STATE_KAPPA,
-    VECTORS,
-)
+from qlakernels.gated_delta_rule.hopper.chunk import BAR, BETA, GAMMA, INTO_STATE, OUTPUT, STATE_KAPPA
 from qlakernels.gated_delta_rule.hopper.common import (
     BASE,
-    CHUNK,
     FIRST,
     LENGTH,
     PRELUDE,
@@ -39,6 +30,7 @@ from qlakernels.gated_delta_rule.hopper.common import (
     transposed_accumulator,
     wait,
 )
+from qlakernels.gated_delta_rule.hopper.sizes import CHUNK, VECTORS
 
 REGISTERS = (208, 40)  # of a thread of the consumers, of the producer
 BLOCKS = 2  # of a multiprocessor

@@ -15,7 +15,6 @@ channels take 134 µs.
 import tilelang.language as T
 
 from qlakernels.short_conv.hopper.march import (
-    THREADS,
     convolve,
     load_ahead,
     load_reach,
@@ -25,14 +24,13 @@ from qlakernels.short_conv.hopper.march import (
     sigmoid,
     take,
 )
+from qlakernels.short_conv.hopper.sizes import BLOCKS, CHANNELS, THREADS
 
-CHANNELS = 4  # of a thread: 8 bytes; with eight, weights, sums, window and what is pending take 128 registers
 BATCH = 8  # tokens that are loaded ahead, of x and dy
-BLOCKS = 3  # of a multiprocessor
 
 
 def backward_kernel(width, dtype, weight_dtype, position_dtype, silu):
-    C = CHANNELS
+    C = CHANNELS["backward"]
     dy_size, x_size, dx_size = (T.dynamic(name, "int64") for name in ("dy_size", "x_size", "dx_size"))
     positioned, groups, stretches = T.dynamic("positioned"), T.dynamic("groups"), T.dynamic("stretches")
 

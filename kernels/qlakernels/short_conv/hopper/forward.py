@@ -8,7 +8,6 @@ float32 weights. At 3.0 TB/s, 8192 tokens of 8192 channels take 89 µs.
 import tilelang.language as T
 
 from qlakernels.short_conv.hopper.march import (
-    THREADS,
     convolve,
     load_ahead,
     load_reach,
@@ -17,14 +16,13 @@ from qlakernels.short_conv.hopper.march import (
     sigmoid,
     take,
 )
+from qlakernels.short_conv.hopper.sizes import BLOCKS, CHANNELS, THREADS
 
-CHANNELS = 8  # of a thread: 16 bytes
 BATCH = 8  # tokens that are loaded ahead
-BLOCKS = 3  # of a multiprocessor
 
 
 def forward_kernel(width, dtype, weight_dtype, position_dtype, silu):
-    C = CHANNELS
+    C = CHANNELS["forward"]
     x_size, y_size, positioned = T.dynamic("x_size", "int64"), T.dynamic("y_size", "int64"), T.dynamic("positioned")
     groups = T.dynamic("groups")
 

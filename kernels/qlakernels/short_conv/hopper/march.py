@@ -17,13 +17,6 @@ to token: worked out from the token they cost a register pair for each of a batc
 
 import tilelang.language as T
 
-THREADS = 128
-
-PASS_CONFIGS = {
-    "tl.enable_fast_math": True,  # exp and the division behind it: 1e-6 of a sigmoid, 1e-5 of one below e⁻¹⁵
-    "tl.disable_safe_memory_legalize": True,  # every access is guarded here, for all channels of a thread at once
-}
-
 
 @T.macro
 def load_weights(weight, group, raw, weights):

@@ -7,20 +7,14 @@ from functools import cache
 
 import torch
 
-from qlakernels.compiled import add_kernel, launchers
-from qlakernels.short_conv.hopper import backward, forward, march
+from qlakernels.compiled import launchers
+from qlakernels.short_conv.hopper.kernels import specialisations
+from qlakernels.short_conv.hopper.sizes import BLOCKS, CHANNELS, THREADS
 
 # Tokens of a thread. Longer ones read less twice and leave fewer sums, shorter ones are more threads.
 STRETCH = {"forward": 32, "backward": 128}
 LEAST_STRETCH = 8
-ENOUGH_THREADS = 2 * 132 * forward.BLOCKS * march.THREADS  # fill an H100 twice
-
-_forward_key = add_kernel(
-    "short_conv_forward", forward.forward_kernel, [march.__file__, forward.__file__], march.PASS_CONFIGS
-)
-_backward_key = add_kernel(
-    "short_conv_backward", backward.backward_kernel, [march.__file__, backward.__file__], march.PASS_CONFIGS
-)
+ENOUGH_THREADS = 2 * 132 * BLOCKS * THREADS  # fill an H100 twice
 
 
 def run(x, weight, position_ids, activation):
@@ -28,15 +22,6 @@ def run(x, weight, position_ids, activation):
     if x.shape[0] * x.shape[1] == 0:
         return x * weight.sum().to(x.dtype)  # no numbers, and gradients of zero
     return _forward_op(x, weight, position_ids, activation == "silu")
-
-
-def specialisations(width: int, dtype: str, weight_dtype: str, position_dtype: str, silu: bool, keep: bool) -> dict:
-    """What one call needs, by name; with `keep` its backward as well. dtypes are names such as "bfloat16"."""
-    options = width, dtype, weight_dtype, position_dtype, silu
-    needed = {"forward": _forward_key(*options)}
-    if keep:
-        needed["backward"] = _backward_key(*options)
-    return needed
 
 
 @cache
@@ -47,7 +32,7 @@ def _launchers(width, dtype, weight_dtype, position_dtype, silu, keep):
 
 def stretch_of(name: str, tokens: int, channels: int) -> int:
     """Tokens that a thread of a kernel takes: fewer where there are too few threads."""
-    groups = channels // {"forward": forward.CHANNELS, "backward": backward.CHANNELS}[name]
+    groups = channels // CHANNELS[name]
     stretch = STRETCH[name]
     while stretch > LEAST_STRETCH and -(-tokens // stretch) * groups < ENOUGH_THREADS:
         stretch //= 2
@@ -83,7 +68,7 @@ def _weight_and_positions(x, weight, position_ids):
 
 
 def _forward(x, weight, position_ids, silu):
-    (batch, length, channels), C = x.shape, forward.CHANNELS
+    (batch, length, channels), C = x.shape, CHANNELS["forward"]
     tokens = batch * length
     kernel_weight, positions = _weight_and_positions(x, weight, position_ids)
     keep = x.requires_grad or weight.requires_grad
@@ -105,7 +90,7 @@ def _forward(x, weight, position_ids, silu):
 
 def _backward(dy, x, weight, position_ids, silu):
     """dx in x's dtype; dweight in the weight's."""
-    (batch, length, channels), C = x.shape, backward.CHANNELS
+    (batch, length, channels), C = x.shape, CHANNELS["backward"]
     tokens = batch * length
     kernel_weight, positions = _weight_and_positions(x, weight, position_ids)
     launch = _launchers(weight.shape[1], x.dtype, kernel_weight.dtype, positions.dtype, silu, True)

@@ -1,0 +1,12 @@
+"""Sizes that kernels and the operator agree on."""
+
+CHUNK = 64  # tokens
+STATE_STRIDE = 256  # tokens between the states that the forward keeps for the backward
+VECTORS = 12  # of a chunk, in what is prepared ahead of a scan
+PART = 64  # columns of V that the gradients' kernel takes at once
+GATE_TOKENS = 64  # that a block of the gates' gradients sums up
+
+
+def value_parts(value_dim: int) -> int:
+    """Parts of V in the gradients' kernel."""
+    return -(-value_dim // PART)

@@ -1,0 +1,5 @@
+"""Sizes that kernels and the operator agree on."""
+
+THREADS = 128  # of a block
+CHANNELS = {"forward": 8, "backward": 4}  # of a thread, 16 and 8 bytes; eight would take the backward 128 registers
+BLOCKS = 3  # of a multiprocessor
