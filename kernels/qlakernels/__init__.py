@@ -4,8 +4,9 @@ Stands alone: it knows tensors and nothing of training. `chunk_gated_delta_rule`
 gated delta rule; which implementation runs is decided in `backends` and said once through the `qlakernels` logger.
 """
 
+from qlakernels.gated_delta_net import gated_delta_net
 from qlakernels.gated_delta_rule import chunk_gated_delta_rule
 from qlakernels.norm import rms_norm_gated
 from qlakernels.short_conv import causal_conv1d
 
-__all__ = ["causal_conv1d", "chunk_gated_delta_rule", "rms_norm_gated"]
+__all__ = ["causal_conv1d", "chunk_gated_delta_rule", "gated_delta_net", "rms_norm_gated"]

@@ -1,7 +1,8 @@
 """Causal attention inside packed documents, by torch's own fused kernels.
 
-On a GPU in half precision: `torch.nn.attention.varlen`. Elsewhere `scaled_dot_product_attention`, once for each group
-of documents of equal length, so that full rows go through in one call. Which one runs is logged once.
+On a GPU in half precision: cuDNN where all documents are equally long, else `torch.nn.attention.varlen`. Elsewhere
+`scaled_dot_product_attention`, once for each group of documents of equal length, so that full rows go through in one
+call. Which one runs is logged once.
 """
 
 import inspect
@@ -12,33 +13,55 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 
 logger = logging.getLogger(__name__)
+
+PATHS = {
+    "rows": "scaled_dot_product_attention, cuDNN first (GPU, half precision, documents of one length)",
+    "varlen": "varlen_attn (GPU, half precision)",
+    "documents": "scaled_dot_product_attention by document",
+}
+BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
 
 # torch 2.11 to 2.13 differ in how the causal mask is asked for and in whether grouped queries are taken as they are.
 _VARLEN = inspect.signature(varlen_attn).parameters
 _VARLEN_CAUSAL = {"window_size": (-1, 0)} if "window_size" in _VARLEN else {"is_causal": True}
 
 
+def path_of(on_gpu: bool, dtype: torch.dtype, rows: int | None) -> str:
+    """What computes it: `rows`, `varlen` or `documents`. rows: how many, where all documents are equally long."""
+    if not on_gpu or dtype not in (torch.float16, torch.bfloat16):
+        return "documents"
+    return "varlen" if rows is None else "rows"
+
+
 @cache
-def _say_once(line: str) -> None:
-    logger.info(line)
-
-
-_say = torch.compiler.disable(_say_once)
+def say(path: str) -> None:
+    """Logs what runs, once; not for the inside of a trace."""
+    logger.info(f"attention: torch {PATHS[path]}")
 
 
 def packed_causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents) -> torch.Tensor:
-    """q [1, N, H, D], k and v [1, N, Hkv, D], `documents` with cu_seqlens and max_seqlen; returns [1, N, H, D].
+    """q [1, N, H, D], k and v [1, N, Hkv, D], `documents` with cu_seqlens, max_seqlen and rows; returns [1, N, H, D].
 
     Query head h attends with key/value head h // (H / Hkv); the scale is 1/√D.
     """
-    if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
-        _say("attention: torch varlen_attn (GPU, half precision)")
-        return _varlen(q, k, v, documents)
-    _say(f"attention: torch scaled_dot_product_attention by document ({q.device.type}, {q.dtype})")
-    return _by_document(q, k, v, documents)
+    path = path_of(q.is_cuda, q.dtype, documents.rows)
+    if not torch.compiler.is_compiling():
+        say(path)
+    if path == "rows":
+        return _by_rows(q, k, v, documents.rows)
+    return _varlen(q, k, v, documents) if path == "varlen" else _by_document(q, k, v, documents)
+
+
+def _by_rows(q, k, v, rows):
+    """Documents of one length, taken as a batch."""
+    q, k, v = (x.unflatten(1, (rows, -1))[0].transpose(1, 2) for x in (q, k, v))
+    with sdpa_kernel(BACKENDS, set_priority=True):
+        o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+    return o.transpose(1, 2).flatten(0, 1)[None]
 
 
 def _varlen(q, k, v, documents):

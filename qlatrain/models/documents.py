@@ -19,6 +19,7 @@ class Documents:
     cu_seqlens: torch.Tensor
     cu_seqlens_cpu: torch.Tensor
     max_seqlen: int
+    rows: int | None = None  # how many, where all are equally long
 
     @classmethod
     def of_lengths(cls, lengths: list[int], device: torch.device | str = "cpu") -> Self:
@@ -26,3 +27,11 @@ class Documents:
         bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
         positions = torch.cat([torch.arange(length) for length in lengths])[None]
         return cls(positions.to(device), bounds.to(device), bounds, max(lengths))
+
+
+def with_rows(documents) -> Documents:
+    """`documents`, of whatever class, with `rows` told from the boundaries on the host."""
+    lengths = documents.cu_seqlens_cpu.diff()
+    equal = len(lengths) > 0 and bool((lengths == lengths[0]).all())
+    rows = len(lengths) if equal else None
+    return Documents(documents.position_ids, documents.cu_seqlens, documents.cu_seqlens_cpu, documents.max_seqlen, rows)

@@ -12,12 +12,13 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from qlatrain.config import KernelConfig, ModelConfig
-from qlatrain.models.documents import Documents
+from qlatrain.models.attention import path_of, say
+from qlatrain.models.documents import Documents, with_rows
+from qlatrain.models.head import LOGITS_AT_ONCE, linear_cross_entropy
 from qlatrain.models.initialization import initialize
-from qlatrain.models.layers import Block, RMSNorm, rotary_table
+from qlatrain.models.joint import Joint, cast_dtype, joints
+from qlatrain.models.layers import Block, DeltaRuleMixer, RMSNorm, rotary_table
 from qlatrain.models.olmo_hybrid import OlmoRMSNorm, olmo_block
-
-LOGITS_AT_ONCE = 2**26  # elements of float32 logits held at a time: 256 MB
 
 
 class Architecture(NamedTuple):
@@ -44,9 +45,20 @@ class HybridModel(nn.Module):
         block, norm = self.architecture.block, self.architecture.norm
         self.layers = nn.ModuleList(block(config, kind, kernel.gated_delta_rule) for kind in config.layer_kinds)
         self.norm = norm(config.hidden_size, config.rms_norm_eps)
+        self.joints = joints(self)
+        self.mixers = [part for part in self.modules() if isinstance(part, DeltaRuleMixer)]
 
     def forward(self, input_ids: torch.Tensor, documents) -> torch.Tensor:
         x_BTD = self.embed_tokens(input_ids)
+        dtype = cast_dtype(x_BTD.device.type)
+        for joint in self.joints:
+            joint.refresh(dtype)
+        if dtype is not None:
+            x_BTD = x_BTD.to(dtype)  # the residual stream; statistics of norms are float32 in any case
+        documents = with_rows(documents)
+        for mixer in self.mixers:
+            mixer.decide(x_BTD)
+        say(path_of(x_BTD.is_cuda, x_BTD.dtype, documents.rows))
         rotary = self.rotary(documents.position_ids, x_BTD.dtype)
         for layer in self.layers:
             if self.activation_checkpointing and torch.is_grad_enabled():
@@ -81,6 +93,7 @@ class HybridForCausalLM(nn.Module):
         self.checkpoint_config: dict = {}  # of the checkpoint it was loaded from, for what `ModelConfig` does not hold
         if seed is not None:
             initialize(self, config, seed)
+        self.joint_head = Joint(self, "lm_head")
         self.tie_head()
 
     def tie_head(self) -> None:
@@ -108,9 +121,13 @@ class HybridForCausalLM(nn.Module):
                 f"input_ids has shape {list(input_ids.shape)}, the documents' position_ids "
                 f"{list(documents.position_ids.shape)}: pack the tokens into [1, N]"
             )
+        self.joint_head.refresh(cast_dtype(input_ids.device.type))
         x_BTD = self.model(input_ids, documents)
         if labels is None:
-            return self.lm_head(x_BTD).view(*shape, -1)
+            return self.joint_head.apart(x_BTD)[0].view(*shape, -1)
+        if self.joint_head.cast is not None:
+            weight = self.lm_head.weight
+            return linear_cross_entropy(x_BTD.flatten(0, 1), labels.flatten(), weight, self.joint_head.cast)
         return self._nll(x_BTD.flatten(0, 1), labels.flatten())
 
     def _nll(self, x_ND: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:

@@ -7,9 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from qlakernels import causal_conv1d, chunk_gated_delta_rule, rms_norm_gated
+from qlakernels import causal_conv1d, chunk_gated_delta_rule, gated_delta_net, rms_norm_gated
+from qlakernels.backends import select
+from qlakernels.gated_delta_net.api import OPERATOR, Heads, call_of
 from qlatrain.config import ModelConfig
 from qlatrain.models.attention import packed_causal_attention
+from qlatrain.models.joint import Joint
 
 
 class RMSNorm(nn.Module):
@@ -62,6 +65,12 @@ class DeltaRuleMixer(nn.Module):
         self.value_dim = config.linear_num_value_heads * config.linear_value_head_dim
         self.head_k_dim = config.linear_key_head_dim
         self.head_v_dim = config.linear_value_head_dim
+        self.heads = Heads(
+            config.linear_num_key_heads,
+            config.linear_key_head_dim,
+            config.linear_num_value_heads,
+            config.linear_value_head_dim,
+        )
         self.allow_neg_eigval = config.allow_neg_eigval
         self.backend = backend
         self.dt_bias = nn.Parameter(torch.empty(config.linear_num_value_heads, dtype=torch.float32))
@@ -77,6 +86,37 @@ class DeltaRuleMixer(nn.Module):
                 if parameter.grad is not None:
                     parameter.grad = parameter.grad.float()
         return self
+
+    @property
+    def goes_as_one(self) -> bool:
+        """Whether the whole mixer is one operator: where both projections are cast, and no other rule was asked for."""
+        cast = self.joint_in.cast is not None and self.joint_out.cast is not None
+        return cast and self.backend in ("auto", "tilelang")
+
+    def decide(self, joint: torch.Tensor) -> None:
+        """Has the choice of a backend made and said, which the trace of a compiled block could not; joint: any tensor
+        of the dtype and on the device of the projections."""
+        if self.goes_as_one:
+            select(OPERATOR, self.backend, call_of(joint, self.conv1d.weight.shape[-1], self.heads))
+
+    def as_one(self, x_BTD: torch.Tensor, documents, norm: GatedRMSNorm) -> torch.Tensor:
+        (out_weight,) = self.joint_out.weights()
+        return gated_delta_net(
+            self.joint_in(x_BTD),
+            self.conv1d.weight.squeeze(1),
+            self.A_log,
+            self.dt_bias,
+            norm.weight,
+            out_weight,
+            self.heads,
+            out_cast=self.joint_out.unpadded,
+            eps=norm.eps,
+            allow_neg_eigval=self.allow_neg_eigval,
+            position_ids=documents.position_ids,
+            cu_seqlens=documents.cu_seqlens,
+            cu_seqlens_cpu=documents.cu_seqlens_cpu,
+            backend=self.backend,
+        )
 
     def delta_rule(self, q_BTC, k_BTC, v_BTC, a_BTH, b_BTH, documents) -> torch.Tensor:
         """Convolved q, k and v of all heads side by side, raw decay a and raw step size b → [B, T, H, V]."""
@@ -112,8 +152,12 @@ class GatedDeltaNet(DeltaRuleMixer):
         self.conv1d = ShortConvolution(channels, config.linear_conv_kernel_dim)
         self.norm = GatedRMSNorm(self.head_v_dim, config.rms_norm_eps)
         self.out_proj = nn.Linear(self.value_dim, config.hidden_size, bias=False)
+        self.joint_in = Joint(self, "in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b")
+        self.joint_out = Joint(self, "out_proj")
 
     def forward(self, x_BTD: torch.Tensor, documents) -> torch.Tensor:
+        if self.goes_as_one:
+            return self.as_one(x_BTD, documents, self.norm)
         qkv_BTC = self.conv1d(self.in_proj_qkv(x_BTD), documents.position_ids)
         q_BTC, k_BTC, v_BTC = qkv_BTC.split([self.key_dim, self.key_dim, self.value_dim], dim=-1)
         o_BTHV = self.delta_rule(q_BTC, k_BTC, v_BTC, self.in_proj_a(x_BTD), self.in_proj_b(x_BTD), documents)
@@ -134,15 +178,19 @@ class GatedAttention(nn.Module):
         self.o_proj = nn.Linear(heads * config.head_dim, config.hidden_size, bias=bias)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.joint_in = Joint(self, "q_proj", "k_proj", "v_proj")
+        self.joint_out = Joint(self, "o_proj")
 
     def forward(self, x_BTD: torch.Tensor, documents, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        q_BTHK, gate_BTHK = self.q_proj(x_BTD).unflatten(-1, (-1, 2 * self.head_dim)).chunk(2, dim=-1)
-        k_BTHK = self.k_proj(x_BTD).unflatten(-1, (-1, self.head_dim))
-        v_BTHK = self.v_proj(x_BTD).unflatten(-1, (-1, self.head_dim))
+        q_BTC, k_BTC, v_BTC = self.joint_in.apart(x_BTD)
+        q_BTHK, gate_BTHK = q_BTC.unflatten(-1, (-1, 2 * self.head_dim)).chunk(2, dim=-1)
+        k_BTHK = k_BTC.unflatten(-1, (-1, self.head_dim))
+        v_BTHK = v_BTC.unflatten(-1, (-1, self.head_dim))
         q_BTHK = apply_rotary(self.q_norm(q_BTHK), rotary)
         k_BTHK = apply_rotary(self.k_norm(k_BTHK), rotary)
         o_BTHK = packed_causal_attention(q_BTHK, k_BTHK, v_BTHK, documents)
-        return self.o_proj((o_BTHK * gate_BTHK.sigmoid()).flatten(-2))
+        (out_BTD,) = self.joint_out.apart((o_BTHK * gate_BTHK.sigmoid()).flatten(-2))
+        return out_BTD
 
 
 def rotary_table(
@@ -176,9 +224,13 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.joint_in = Joint(self, "gate_proj", "up_proj")
+        self.joint_out = Joint(self, "down_proj")
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+        gate_BTF, up_BTF = self.joint_in.apart(x_BTD)
+        (out_BTD,) = self.joint_out.apart(F.silu(gate_BTF) * up_BTF)
+        return out_BTD
 
 
 class Block(nn.Module):

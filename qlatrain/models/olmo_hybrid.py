@@ -14,6 +14,7 @@ from torch import nn
 from qlakernels import causal_conv1d
 from qlatrain.config import ModelConfig
 from qlatrain.models.attention import packed_causal_attention
+from qlatrain.models.joint import Joint
 from qlatrain.models.layers import MLP, DeltaRuleMixer, GatedRMSNorm, ShortConvolution, apply_rotary
 
 GATED_NORM_EPS = 1e-5  # that of FLA's layer, which OLMo-core trains with, whatever rms_norm_eps says
@@ -46,8 +47,12 @@ class OlmoGatedDeltaNet(DeltaRuleMixer):
         self.o_proj = nn.Linear(self.value_dim, hidden, bias=False)
         self.conv1d = ShortConvolution(2 * self.key_dim + self.value_dim, config.linear_conv_kernel_dim)
         self.o_norm = GatedRMSNorm(self.head_v_dim, GATED_NORM_EPS)
+        self.joint_in = Joint(self, "q_proj", "k_proj", "v_proj", "g_proj", "a_proj", "b_proj")
+        self.joint_out = Joint(self, "o_proj")
 
     def forward(self, x_BTD: torch.Tensor, documents) -> torch.Tensor:
+        if self.goes_as_one:
+            return self.as_one(x_BTD, documents, self.o_norm)
         filters = self.conv1d.weight.squeeze(1).split([self.key_dim, self.key_dim, self.value_dim])
         q_BTC, k_BTC, v_BTC = (
             causal_conv1d(projection(x_BTD), weight, documents.position_ids)
@@ -71,14 +76,18 @@ class OlmoAttention(nn.Module):
         self.o_proj = nn.Linear(query_dim, config.hidden_size, bias=config.attention_bias)
         self.q_norm = OlmoRMSNorm(query_dim, config.rms_norm_eps)
         self.k_norm = OlmoRMSNorm(kv_dim, config.rms_norm_eps)
+        self.joint_in = Joint(self, "q_proj", "k_proj", "v_proj")
+        self.joint_out = Joint(self, "o_proj")
 
     def forward(self, x_BTD: torch.Tensor, documents, rotary: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
-        q_BTHK = self.q_norm(self.q_proj(x_BTD)).unflatten(-1, (-1, self.head_dim))
-        k_BTHK = self.k_norm(self.k_proj(x_BTD)).unflatten(-1, (-1, self.head_dim))
-        v_BTHK = self.v_proj(x_BTD).unflatten(-1, (-1, self.head_dim))
+        q_BTC, k_BTC, v_BTC = self.joint_in.apart(x_BTD)
+        q_BTHK = self.q_norm(q_BTC).unflatten(-1, (-1, self.head_dim))
+        k_BTHK = self.k_norm(k_BTC).unflatten(-1, (-1, self.head_dim))
+        v_BTHK = v_BTC.unflatten(-1, (-1, self.head_dim))
         if rotary is not None:
             q_BTHK, k_BTHK = apply_rotary(q_BTHK, rotary), apply_rotary(k_BTHK, rotary)
-        return self.o_proj(packed_causal_attention(q_BTHK, k_BTHK, v_BTHK, documents).flatten(-2))
+        (out_BTD,) = self.joint_out.apart(packed_causal_attention(q_BTHK, k_BTHK, v_BTHK, documents).flatten(-2))
+        return out_BTD
 
 
 class OlmoGatedDeltaNetBlock(nn.Module):

@@ -65,9 +65,9 @@ class Layout:
         """The sum over processes, on every process, without waiting for the device."""
         return self.accelerator.reduce(tensor, reduction="sum") if self.world_size > 1 else tensor
 
-    def clip_gradients(self, parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Tensor:
-        """Scales gradients to a global norm of at most `max_norm`; returns the norm before, on the device."""
-        return nn.utils.clip_grad_norm_(list(parameters), max_norm)
+    def gradient_norm(self, parameters: Iterable[nn.Parameter]) -> torch.Tensor:
+        """The global norm of all gradients, on the device."""
+        return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
     def wait_for_everyone(self) -> None:
         self.accelerator.wait_for_everyone()

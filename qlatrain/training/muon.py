@@ -34,12 +34,14 @@ class Muon(torch.optim.Optimizer):
         momentum: Nesterov momentum.
         weight_decay: decoupled.
 
-    `found_inf` (a float tensor, 0 or 1), when set, makes `step` a no-op where it is 1, without a device wait.
+    `found_inf` (a float tensor, 0 or 1), when set, makes `step` a no-op where it is 1, without a device wait;
+    `grad_scale`, when set, is what gradients are divided by first. Both are those of torch's fused optimizers.
     """
 
     def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self.found_inf: Tensor | None = None
+        self.grad_scale: Tensor | None = None
 
     @torch.no_grad()
     def step(self) -> None:
@@ -53,6 +55,8 @@ class Muon(torch.optim.Optimizer):
 
     def _step(self, parameters: list[nn.Parameter], shape: torch.Size, lr, momentum, weight_decay) -> None:
         gradients = [p.grad for p in parameters]
+        if self.grad_scale is not None:
+            torch._foreach_div_(gradients, self.grad_scale)
         buffers = []
         for p in parameters:
             if "momentum_buffer" not in self.state[p]:

@@ -45,12 +45,17 @@ class Optimizers:
         """Of the first part, as shown in the progress line."""
         return self.parts[0].param_groups[0]["lr"]
 
-    def step(self, factor: float, skip: Tensor) -> None:
-        """One update at `factor` times the peak rates; none where `skip` (0 or 1, on the device) is 1."""
+    def step(self, factor: float, skip: Tensor, gradient_factor: Tensor | None = None) -> None:
+        """One update at `factor` times the peak rates; none where `skip` (0 or 1, on the device) is 1.
+
+        gradient_factor: what gradients are multiplied by on their way in, on the device.
+        """
         for part, peaks in zip(self.parts, self.peaks, strict=True):
             for group, peak in zip(part.param_groups, peaks, strict=True):
                 group["lr"] = peak * factor
             part.found_inf = skip.float()
+            if gradient_factor is not None:  # as torch's fused optimizers take it: they divide
+                part.grad_scale = 1 / gradient_factor.float()
             part.step()
 
     def zero_grad(self) -> None:

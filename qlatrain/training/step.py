@@ -114,9 +114,10 @@ class TrainStep:
                 layout.backward(batch_nll * weight.to(batch_nll.dtype))
             nll += batch_nll.detach()
         with named_range("optimizer"):
-            grad_norm = layout.clip_gradients(self.model.parameters(), self.max_grad_norm)
+            grad_norm = layout.gradient_norm(self.model.parameters())
             skip = 1 - torch.isfinite(grad_norm).to(torch.float32)
-            self.optimizers.step(lr_factor, skip)
+            clip = (self.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1)  # as torch's clip_grad_norm_, in the update
+            self.optimizers.step(lr_factor, skip, clip)
         self.optimizers.zero_grad()
         self.skipped_in_a_row = (self.skipped_in_a_row + 1) * skip
         flops = float(sum(self.count_flops(batch.cu_seqlens_cpu.diff()) for batch in batches))

@@ -57,7 +57,7 @@ def launches(monkeypatch):
             x, weight, positions = parts(x, weight, positions, step, tokens, length)
             y.copy_(conv(x, weight, positions, silu).flatten())
 
-        def backward(dy, x, weight, positions, dx, sums, dy_step, x_step, tokens, length, stretch):
+        def backward(dy, x, weight, positions, dx, sums, dy_step, x_step, dx_step, tokens, length, stretch):
             names.append("backward")
             assert sums.shape[0] == -(-tokens // stretch)
             dy = tensor(dy, weight.shape[1] // width, dy_step, tokens, length, weight.shape[0])
@@ -205,8 +205,8 @@ def test_stretches():
     assert operator.stretch_of("forward", 1, 8) == operator.stretch_of("backward", 1, 8) == operator.LEAST_STRETCH
 
 
-def test_by_name_through_the_public_function(launches, monkeypatch):
-    """Compiled whole, traced anew once for all lengths; auto would take another."""
+def test_through_the_public_function(launches, monkeypatch):
+    """Compiled whole, traced anew once for all lengths."""
     torch._dynamo.reset()
     ours = backends._registry["causal_conv1d"]["tilelang"]
     runs = dataclasses.replace(ours, refuses=lambda call: None)
@@ -215,14 +215,14 @@ def test_by_name_through_the_public_function(launches, monkeypatch):
     monkeypatch.setattr(backends, "_said", set())
     weight = draw(D, W)
     x = draw(B, T, D).bfloat16()
-    causal_conv1d(x, weight)
+    causal_conv1d(x, weight, backend="torch")
     assert launches == []
-    causal_conv1d(x, weight, backend="tilelang")  # the decision is logged, which a trace cannot
+    causal_conv1d(x, weight)  # the decision is logged, which a trace cannot
     assert launches == ["forward"]
-    assert any("(not tilelang: no GPU has confirmed these kernels yet" in line for line in backends.decisions())
+    assert "causal_conv1d: backend tilelang on cpu (first choice)" in backends.decisions()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(lambda x: causal_conv1d(x, weight, backend="tilelang"), fullgraph=True, backend=counter)
+    compiled = torch.compile(lambda x: causal_conv1d(x, weight), fullgraph=True, backend=counter)
     for tokens in (T, 30, 40, 50):
         x = draw(B, tokens, D).bfloat16()
-        assert torch.equal(compiled(x), causal_conv1d(x, weight, backend="tilelang"))
+        assert torch.equal(compiled(x), causal_conv1d(x, weight))
     assert counter.frame_count == 2

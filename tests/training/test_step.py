@@ -42,8 +42,8 @@ class Run:
         """Of a step that is then not taken."""
         taken = {}
 
-        def look(factor, skip):
-            taken.update({name: p.grad.clone() for name, p in self.model.named_parameters()})
+        def look(factor, skip, gradient_factor):
+            taken.update({name: p.grad * gradient_factor for name, p in self.model.named_parameters()})
 
         self.optimizers.step = look
         self.take(*batches)

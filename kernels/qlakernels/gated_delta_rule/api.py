@@ -152,7 +152,7 @@ def _run_torch(*, q, cu_seqlens, cu_seqlens_cpu, **arguments):
 KEY_DIMS, VALUE_DIMS = (64, 96, 128), (64, 96, 128, 192, 256)  # what the Hopper kernels take
 
 
-def _refuses_tilelang(call: Call) -> str | None:
+def refuses_tilelang(call: Call) -> str | None:
     if reason := refused_by_hopper(call):
         return reason
     if call.key_dim not in KEY_DIMS or call.value_dim not in VALUE_DIMS:
@@ -166,7 +166,7 @@ def _run_tilelang(**arguments):
     return run(**arguments)
 
 
-register(OPERATOR, Backend("tilelang", _refuses_tilelang, _run_tilelang))
+register(OPERATOR, Backend("tilelang", refuses_tilelang, _run_tilelang))
 register(OPERATOR, Backend("flash_qla", peers.refuses_flash_qla, peers.run_flash_qla))
 register(OPERATOR, Backend("fla", peers.refuses_fla, peers.run_fla))
 register(OPERATOR, Backend("torch", lambda call: None, _run_torch))

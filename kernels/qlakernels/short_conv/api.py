@@ -26,8 +26,7 @@ def causal_conv1d(
             document is dropped. May be left out for a dense batch.
         cu_seqlens: int [N+1], document boundaries; read only when position_ids is not given.
         activation: "silu" or None.
-        backend: auto, torch, or tilelang, our kernels for Hopper GPUs (W 2 to 4, D a multiple of 8), which auto
-            leaves out until a GPU has confirmed them.
+        backend: auto, tilelang (our kernels for Hopper GPUs, W 2 to 4 and D a multiple of 8) or torch.
 
     Returns:
         [B, T, D] in x's dtype.
@@ -74,7 +73,7 @@ def _run_torch(x, weight, position_ids, activation):
 WIDTHS = (2, 3, 4)  # what the Hopper kernels take
 
 
-def _refuses_tilelang(call: Call) -> str | None:
+def refuses_tilelang(call: Call) -> str | None:
     if reason := refused_by_hopper(call):
         return reason
     if call.width not in WIDTHS or call.key_dim % 8:
@@ -88,6 +87,5 @@ def _run_tilelang(x, weight, position_ids, activation):
     return run(x, weight, position_ids, activation)
 
 
-UNCONFIRMED = "no GPU has confirmed these kernels yet, they run with backend='tilelang'"
-register(OPERATOR, Backend("tilelang", _refuses_tilelang, _run_tilelang, passed_over=UNCONFIRMED))
+register(OPERATOR, Backend("tilelang", refuses_tilelang, _run_tilelang))
 register(OPERATOR, Backend("torch", lambda call: None, _run_torch))

@@ -44,6 +44,7 @@ def backward_kernel(width, dtype, weight_dtype, position_dtype, silu):
         sums: T.Tensor((stretches, groups, C * width), "float32"),
         dy_step: T.int32,
         x_step: T.int32,
+        dx_step: T.int32,
         tokens: T.int32,
         row_length: T.int32,
         stretch: T.int32,
@@ -73,7 +74,7 @@ def backward_kernel(width, dtype, weight_dtype, position_dtype, silu):
                 end = T.min(last + width - 1, tokens)
                 x_at[0] = T.cast(first, "int64") * x_step + group
                 dy_at[0] = T.cast(first, "int64") * dy_step + group
-                dx_at[0] = T.cast(first, "int64") * groups + group
+                dx_at[0] = T.cast(first, "int64") * dx_step + group
                 place[0] = T.truncmod(first, row_length)
                 load_weights(weight, group, raw_weights, weights)
                 open_window(x, x_at, x_step, first, out, window)
@@ -117,7 +118,7 @@ def backward_kernel(width, dtype, weight_dtype, position_dtype, silu):
                                 out[j] = T.cast(pending[width - 1, j], dtype)
                             for j in T.vectorized(C):
                                 dx[dx_at[0] * C + j] = out[j]
-                            dx_at[0] += groups
+                            dx_at[0] += dx_step
                 for s in T.unroll(width):
                     for j in T.unroll(C):
                         dw_row[j * width + width - 1 - s] = dw[s, j]

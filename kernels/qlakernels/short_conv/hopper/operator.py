@@ -67,17 +67,16 @@ def _weight_and_positions(x, weight, position_ids):
     return weight, position_ids.expand(x.shape[:2]).reshape(-1).contiguous()
 
 
-def _forward(x, weight, position_ids, silu):
+def launch_forward(x, weight, position_ids, silu, keep, y) -> None:
+    """y ← the convolution of x; both [B, T, D], slices of longer rows among them. keep: the backward will be wanted."""
     (batch, length, channels), C = x.shape, CHANNELS["forward"]
     tokens = batch * length
-    kernel_weight, positions = _weight_and_positions(x, weight, position_ids)
-    keep = x.requires_grad or weight.requires_grad
-    launch = _launchers(weight.shape[1], x.dtype, kernel_weight.dtype, positions.dtype, silu, keep)
+    weight, positions = _weight_and_positions(x, weight, position_ids)
+    launch = _launchers(weight.shape[1], x.dtype, weight.dtype, positions.dtype, silu, keep)
     row, step = as_row(x)
-    y = x.new_empty(x.shape)
     launch["forward"](
         row,
-        kernel_weight.view(channels // C, -1),
+        weight.view(channels // C, -1),
         positions,
         y.view(-1),
         step // C,
@@ -85,33 +84,45 @@ def _forward(x, weight, position_ids, silu):
         length,
         stretch_of("forward", tokens, channels),
     )
-    return y
 
 
-def _backward(dy, x, weight, position_ids, silu):
-    """dx in x's dtype; dweight in the weight's."""
+def launch_backward(dy, x, weight, position_ids, silu, dx) -> torch.Tensor:
+    """dx ← the gradient of x, [B, T, D], perhaps a slice of longer rows; returns that of the weight, float32 [D, W]."""
     (batch, length, channels), C = x.shape, CHANNELS["backward"]
     tokens = batch * length
-    kernel_weight, positions = _weight_and_positions(x, weight, position_ids)
-    launch = _launchers(weight.shape[1], x.dtype, kernel_weight.dtype, positions.dtype, silu, True)
-    (dy_row, dy_step), (x_row, x_step) = as_row(dy), as_row(x)
-    dx = x.new_empty(x.shape)
+    weight, positions = _weight_and_positions(x, weight, position_ids)
+    launch = _launchers(weight.shape[1], x.dtype, weight.dtype, positions.dtype, silu, True)
+    (dy_row, dy_step), (x_row, x_step), (dx_row, dx_step) = as_row(dy), as_row(x), as_row(dx)
+    assert dx_row.data_ptr() == dx.data_ptr(), "the rows of dx begin at multiples of 16 bytes"
     stretch = stretch_of("backward", tokens, channels)
     sums = x.new_empty(-(-tokens // stretch), channels // C, weight.shape[1] * C, dtype=torch.float32)
     launch["backward"](
         dy_row,
         x_row,
-        kernel_weight.view(channels // C, -1),
+        weight.view(channels // C, -1),
         positions,
-        dx.view(-1),
+        dx_row,
         sums,
         dy_step // C,
         x_step // C,
+        dx_step // C,
         tokens,
         length,
         stretch,
     )
-    return dx, sums.sum(0).view(weight.shape).to(weight.dtype)
+    return sums.sum(0).view(weight.shape)
+
+
+def _forward(x, weight, position_ids, silu):
+    y = x.new_empty(x.shape)
+    launch_forward(x, weight, position_ids, silu, x.requires_grad or weight.requires_grad, y)
+    return y
+
+
+def _backward(dy, x, weight, position_ids, silu):
+    """dx in x's dtype; dweight in the weight's."""
+    dx = x.new_empty(x.shape)
+    return dx, launch_backward(dy, x, weight, position_ids, silu, dx).to(weight.dtype)
 
 
 _library = torch.library.Library("qlakernels", "FRAGMENT")

@@ -1,0 +1,203 @@
+"""The mixer on Hopper as one differentiable torch operator: kernels of its parts, launched one after the other.
+
+Kept for the backward, per token: joint as it came, o, and what the rule keeps (W, a state every 256 tokens). The
+backward makes the convolution's output anew, a pass over q, k and v, and the norm's beside its gradients. All gradients
+of joint are written where they belong in one tensor.
+"""
+
+import torch
+
+from qlakernels.gated_delta_net.api import Heads
+from qlakernels.gated_delta_rule.hopper import operator as rule
+from qlakernels.norm.hopper import operator as norm
+from qlakernels.products import weight_gradient
+from qlakernels.short_conv.hopper import operator as convolution
+
+IN_OPERATOR = (True, True, True)  # normalised q and k, the decay and the step size made of raw gates
+
+
+def run(
+    joint, conv_weight, A_log, dt_bias, norm_weight, out_weight, heads, out_cast, eps, neg, position_ids, cu, cu_cpu
+):
+    """As `gated_delta_net`."""
+    if cu is not None:
+        cu = cu.to(joint.device, torch.int32, non_blocking=True)
+    out_cast = out_weight.to(joint.dtype) if out_cast is None else out_cast
+    tensors = joint, conv_weight, A_log, dt_bias, norm_weight, out_weight
+    keep = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    sizes = [heads.key_heads, heads.key_dim, heads.value_heads, heads.value_dim]
+    return _forward_op(*tensors, out_cast.detach(), position_ids, cu, sizes, eps, neg, keep)[0]
+
+
+def _parts(x, heads: Heads):
+    """Of [B, T, C]: q, k and v together, the gate by heads, a, b."""
+    qkv, z, a, b = (x[..., i:j] for i, j in zip((0, *heads.joint), heads.joint, strict=False))
+    return qkv, z.unflatten(-1, (heads.value_heads, heads.value_dim)), a, b
+
+
+def _convolve(joint, conv_weight, position_ids, heads: Heads, keep):
+    """q, k, v by heads: slices of one tensor."""
+    qkv = joint.new_empty(*joint.shape[:2], heads.convolved)
+    convolution.launch_forward(joint[..., : heads.convolved], conv_weight, position_ids, True, keep, qkv)
+    q, k, v = qkv.split([heads.keys, heads.keys, heads.values], dim=-1)
+    of_keys = (heads.key_heads, heads.key_dim)
+    return q.unflatten(-1, of_keys), k.unflatten(-1, of_keys), v.unflatten(-1, (heads.value_heads, heads.value_dim))
+
+
+def _forward(
+    joint, conv_weight, A_log, dt_bias, norm_weight, out_weight, out_cast, position_ids, cu, sizes, eps, neg, keep
+):
+    """The output; o, W, states and the order of the documents for the backward, empty where it is not wanted."""
+    heads = Heads(*sizes)
+    _, z, a, b = _parts(joint, heads)
+    q, k, v = _convolve(joint, conv_weight, position_ids, heads, keep)
+    o, _, W, states, _, order = rule._forward(
+        q, k, v, a, b, cu, A_log, dt_bias, None, heads.key_dim**-0.5, False, *IN_OPERATOR, neg, keep
+    )
+    y = torch.empty_like(o)
+    norm.launch_forward(o, z, norm_weight, eps, y)
+    return torch.matmul(y.flatten(-2), out_cast.t()), o if keep else o.new_empty(0), W, states, order
+
+
+def _forward_fake(joint, conv_weight, A_log, dt_bias, norm_weight, out_weight, out_cast, _, cu, sizes, eps, neg, keep):
+    heads, (batch, tokens) = Heads(*sizes), joint.shape[:2]
+    q = joint.new_empty(batch, tokens, heads.key_heads, heads.key_dim)
+    v = joint.new_empty(batch, tokens, heads.value_heads, heads.value_dim)
+    o, _, W, states, _, order = rule._forward_fake(
+        q, q, v, None, None, cu, A_log, dt_bias, None, 1.0, False, *IN_OPERATOR, neg, keep
+    )
+    return joint.new_empty(batch, tokens, out_weight.shape[0]), o if keep else o.new_empty(0), W, states, order
+
+
+def _backward(
+    dout, joint, o, W, states, order, conv_weight, A_log, dt_bias, norm_weight, out_cast, position_ids, cu, sizes, eps,
+    neg, out_dtype,
+):  # fmt: skip
+    """Gradients of joint, and of the weights: the filters', those of A_log and dt_bias as one [2, Hv], the norm's, all
+    float32, and the output projection's."""
+    heads = Heads(*sizes)
+    _, z, a, b = _parts(joint, heads)
+    djoint = torch.empty_like(joint, memory_format=torch.contiguous_format)
+    dqkv, dz, da, db = _parts(djoint, heads)
+    djoint[..., heads.joint[-1] :].zero_()
+    dy, y, do = torch.matmul(dout, out_cast).view(o.shape), torch.empty_like(o), torch.empty_like(o)
+    d_norm_weight = norm.launch_backward(dy, o, z, norm_weight, eps, do, dz, y)
+    del dy
+    d_out_weight = weight_gradient(dout.flatten(0, 1), y.view(-1, heads.values), out_dtype)
+    del y
+    q, k, _ = _convolve(joint, conv_weight, position_ids, heads, True)
+    first_states = states.new_empty(0, heads.value_heads, heads.value_dim, heads.key_dim)
+    *dqkv_parts, da_, db_, d_parameters, _ = rule._backward(
+        q, k, a, b, W, states, first_states, do, None, cu, order, A_log, dt_bias, False, heads.key_dim**-0.5,
+        *IN_OPERATOR, neg,
+    )  # fmt: skip
+    da.copy_(da_)
+    db.copy_(db_)
+    filters, start = [], 0
+    for gradient in dqkv_parts:
+        gradient = gradient.flatten(-2)
+        part = slice(start, start + gradient.shape[-1])
+        filters.append(
+            convolution.launch_backward(
+                gradient, joint[..., part], conv_weight[part], position_ids, True, dqkv[..., part]
+            )
+        )
+        start = part.stop
+    return djoint, torch.cat(filters), d_parameters, d_norm_weight, d_out_weight
+
+
+def _backward_fake(
+    dout, joint, o, W, states, order, conv_weight, A_log, dt_bias, norm_weight, out_cast, position_ids, cu, sizes, eps,
+    neg, out_dtype,
+):  # fmt: skip
+    float32 = {"dtype": torch.float32}
+    return (
+        joint.new_empty(joint.shape),
+        conv_weight.new_empty(conv_weight.shape, **float32),
+        A_log.new_empty(2, A_log.shape[0], **float32),
+        norm_weight.new_empty(norm_weight.shape, **float32),
+        out_cast.new_empty(out_cast.shape, dtype=out_dtype),
+    )
+
+
+_library = torch.library.Library("qlakernels", "FRAGMENT")
+_library.define(
+    "gated_delta_net(Tensor joint, Tensor conv_weight, Tensor A_log, Tensor dt_bias, Tensor norm_weight, "
+    "Tensor out_weight, Tensor out_cast, Tensor? position_ids, Tensor? cu_seqlens, int[] sizes, float eps, bool neg, "
+    "bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_library.define(
+    "gated_delta_net_backward(Tensor dout, Tensor joint, Tensor o, Tensor W, Tensor states, Tensor order, "
+    "Tensor conv_weight, Tensor A_log, Tensor dt_bias, Tensor norm_weight, Tensor out_cast, Tensor? position_ids, "
+    "Tensor? cu_seqlens, int[] sizes, float eps, bool neg, ScalarType out_dtype) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_forward_op = torch.ops.qlakernels.gated_delta_net.default
+_backward_op = torch.ops.qlakernels.gated_delta_net_backward.default
+
+
+def _below_autograd(op, keyset, *inputs):
+    with torch._C._AutoDispatchBelowAutograd():
+        return op.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
+
+
+class _GatedDeltaNet(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, keyset, *inputs):
+        joint, *weights, out_weight, out_cast, position_ids, cu, sizes, eps, neg, _ = inputs
+        outputs = _below_autograd(_forward_op, keyset, *inputs)
+        kept = outputs[1:]
+        ctx.save_for_backward(joint, *kept, *weights, out_cast, position_ids, cu)
+        ctx.mark_non_differentiable(*kept)
+        ctx.set_materialize_grads(False)
+        ctx.options, ctx.out_dtype = (sizes, eps, neg), out_weight.dtype
+        return outputs
+
+    @staticmethod
+    def backward(ctx, dout, *_):
+        _, _, _, _, _, conv_weight, A_log, dt_bias, norm_weight, *_ = ctx.saved_tensors
+        djoint, d_conv, d_parameters, d_norm, d_out = _backward_op(
+            dout, *ctx.saved_tensors, *ctx.options, ctx.out_dtype
+        )
+        return (
+            None,
+            djoint,
+            d_conv.to(conv_weight.dtype),
+            d_parameters[0].to(A_log.dtype),
+            d_parameters[1].to(dt_bias.dtype),
+            d_norm.to(norm_weight.dtype),
+            d_out,
+            *[None] * 7,
+        )
+
+
+class _OfGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, keyset, *inputs):
+        return _below_autograd(_backward_op, keyset, *inputs)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise NotImplementedError("the mixer of the tilelang backend has no second gradients")
+
+
+def _autograd(keyset, *inputs):
+    """The last input says whether gradients are wanted."""
+    return _GatedDeltaNet.apply(keyset, *inputs) if inputs[-1] else _below_autograd(_forward_op, keyset, *inputs)
+
+
+def _autograd_of_gradients(keyset, *inputs):
+    if torch.is_grad_enabled():
+        return _OfGradients.apply(keyset, *inputs)
+    return _below_autograd(_backward_op, keyset, *inputs)
+
+
+for _op, _impl, _fake, _differentiable in (
+    ("gated_delta_net", _forward, _forward_fake, _autograd),
+    ("gated_delta_net_backward", _backward, _backward_fake, _autograd_of_gradients),
+):
+    _library.impl(_op, _impl, "CompositeExplicitAutograd")
+    _library.impl(_op, _differentiable, "Autograd", with_keyset=True)
+    torch.library.register_fake(f"qlakernels::{_op}", _fake, lib=_library)

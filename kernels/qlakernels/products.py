@@ -1,0 +1,63 @@
+"""Matrix products of linear layers in half precision over weights that are kept in float32."""
+
+import torch
+
+_library = torch.library.Library("qlakernels", "FRAGMENT")
+_library.define("weight_gradient(Tensor dy, Tensor x, ScalarType dtype) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
+
+
+def weight_gradient(dy: torch.Tensor, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """dyᵀ x of [N, D_out] and [N, D_in] in `dtype`, summed in float32 and rounded at most once.
+
+    From half precision to float32 nothing is rounded on a GPU: the tensor cores' sums are stored as they are.
+    """
+    return torch.ops.qlakernels.weight_gradient(dy, x, dtype)
+
+
+def _weight_gradient(dy, x, dtype):
+    if dtype == torch.float32 and dy.dtype != dtype and dy.is_cuda:
+        return torch.mm(dy.t(), x, out_dtype=dtype)
+    return torch.mm(dy.t(), x).to(dtype)
+
+
+_library.impl("weight_gradient", _weight_gradient, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "qlakernels::weight_gradient",
+    lambda dy, x, dtype: dy.new_empty(dy.shape[1], x.shape[1], dtype=dtype),
+    lib=_library,
+)
+
+
+def product_with(x: torch.Tensor, weights: tuple[torch.Tensor, ...], cast: torch.Tensor) -> torch.Tensor:
+    """x castᵀ, where `cast` holds the weights below each other, in x's dtype.
+
+    Args:
+        x: [..., D_in].
+        weights: [D_i, D_in] each, of any floating-point dtype. They are not read: they get the gradients, in their own
+            dtypes.
+        cast: [D_out, D_in], D_out ≥ Σ D_i; what is below the weights is a constant.
+
+    Returns:
+        [..., D_out].
+    """
+    return _Product.apply(x, cast, *weights)
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, cast, *weights):
+        ctx.save_for_backward(x, cast)
+        ctx.rows = [weight.shape[0] for weight in weights]
+        ctx.dtypes = [weight.dtype for weight in weights]
+        return torch.matmul(x, cast.t())
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, cast = ctx.saved_tensors
+        dx = torch.matmul(dy, cast) if ctx.needs_input_grad[0] else None
+        gradients = [None] * len(ctx.rows)
+        if any(ctx.needs_input_grad[2:]):
+            used = dy.flatten(0, -2)[:, : sum(ctx.rows)]
+            together = weight_gradient(used, x.flatten(0, -2), ctx.dtypes[0])
+            gradients = [g.to(dtype) for g, dtype in zip(together.split(ctx.rows), ctx.dtypes, strict=True)]
+        return dx, None, *gradients

@@ -1,0 +1,89 @@
+"""The loss over a large vocabulary in half precision, without ever holding all logits or any of them in float32."""
+
+import torch
+import torch.nn.functional as F
+
+from qlakernels.products import weight_gradient
+
+LOGITS_AT_ONCE = 2**26  # elements of logits held at a time: 128 MB in half precision
+IGNORED = -100
+
+
+def linear_cross_entropy(
+    x_ND: torch.Tensor, labels_N: torch.Tensor, weight: torch.Tensor, cast: torch.Tensor
+) -> torch.Tensor:
+    """Sum over the tokens of −log softmax(x Wᵀ)[label], float32; the gradients are made in the forward.
+
+    A slice of tokens at a time: logits in half precision with sums in float32, their gradient in their place, and from
+    it those of x and W. The backward multiplies both by what the loss is weighted with.
+
+    Args:
+        x_ND: [N, D].
+        labels_N: int64 [N], −100 where there is none.
+        weight: [vocabulary, D]; it is not read, and gets the gradient.
+        cast: [≥ vocabulary, D], the weight in half precision, and nothing below it but zeros.
+    """
+    return _LinearCrossEntropy.apply(x_ND.to(cast.dtype), labels_N, weight, cast)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, labels, weight, cast):
+        cast = cast[: weight.shape[0]]
+        wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
+        nll = torch.zeros((), device=x.device)
+        dx = torch.empty_like(x) if wanted[0] else None
+        dweight = None
+        size = max(1, LOGITS_AT_ONCE // len(cast))
+        for i in range(0, len(x), size):
+            rows = slice(i, i + size)
+            logits = F.linear(x[rows], cast)
+            part, dlogits = _of_logits(logits, labels[rows], any(wanted))
+            nll += part
+            if wanted[0]:
+                torch.mm(dlogits, cast, out=dx[rows])
+            if wanted[1]:
+                of_slice = weight_gradient(dlogits, x[rows], weight.dtype)
+                dweight = of_slice if dweight is None else dweight.add_(of_slice)
+        ctx.save_for_backward(dx, dweight)
+        return nll
+
+    @staticmethod
+    def backward(ctx, dnll):
+        dx, dweight = ctx.saved_tensors
+        return (
+            None if dx is None else dx * dnll.to(dx.dtype),
+            None,
+            None if dweight is None else dweight * dnll.to(dweight.dtype),
+            None,
+        )
+
+
+def _of_logits(logits, labels, with_gradient):
+    """The sum of −log softmax at the labels, and the gradient of the logits in their dtype."""
+    of_logits = _compiled(_softmax_and_sums) if logits.is_cuda else _softmax_and_sums
+    return of_logits(logits, labels, with_gradient)
+
+
+def _softmax_and_sums(logits, labels, with_gradient):
+    there = labels != IGNORED
+    labels = labels.masked_fill(~there, 0)[:, None]
+    values = logits.float()
+    top = values.amax(1, keepdim=True)
+    log_sum = (values - top).exp().sum(1, keepdim=True).log() + top
+    nll = ((log_sum - values.gather(1, labels))[:, 0] * there).sum()
+    if not with_gradient:
+        return nll, None
+    index = torch.arange(logits.shape[1], device=logits.device)
+    gradient = (values - log_sum).exp() - (index == labels).float()
+    return nll, (gradient * there[:, None]).to(logits.dtype)
+
+
+_made: dict = {}
+
+
+def _compiled(function):
+    """Three passes over the logits where eager operators take twelve."""
+    if function not in _made:
+        _made[function] = torch.compile(function, dynamic=True)
+    return _made[function]

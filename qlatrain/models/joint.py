@@ -1,0 +1,91 @@
+"""Projections in half precision over float32 weights: cast once a step, and one product for those that share an input.
+
+Under autocast every use of a weight casts it anew, in the forward and where activations are recomputed. Here the casts
+of all weights of a module lie below each other in one tensor, which `refresh` brings up to date in front of a forward
+when an optimizer, or anybody else, has changed a weight since.
+"""
+
+import torch
+from torch import nn
+from torch.autograd.graph import increment_version
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from qlakernels.products import product_with
+
+ALIGNED = 8  # rows of `cast` are a multiple of this, so that rows of its products begin at 16 bytes
+
+
+class Joint:
+    """Linear layers of one module that are given the same input.
+
+    `cast` is None where they go their own ways: without autocast on a GPU, or when one of them is not a plain
+    `nn.Linear` without a bias (an adapter has been put around it).
+    """
+
+    def __init__(self, owner: nn.Module, *names: str):
+        self._owner, self._names = owner, names
+        self.cast: torch.Tensor | None = None
+        self._seen: tuple = ()
+
+    def weights(self) -> tuple[torch.Tensor, ...]:
+        return tuple(layer.weight for layer in self.layers())
+
+    def refresh(self, dtype: torch.dtype | None) -> None:
+        """Makes `cast` hold the weights as they are now in `dtype`; None: drops it."""
+        layers = self.layers()
+        if dtype is None or any(type(layer) is not nn.Linear or layer.bias is not None for layer in layers):
+            self.cast, self._seen = None, ()
+            return
+        weights = self.weights()
+        seen = tuple((weight.data_ptr(), weight._version) for weight in weights)
+        if self.cast is None or self.cast.dtype != dtype or self.cast.device != weights[0].device:
+            rows = sum(weight.shape[0] for weight in weights)
+            self.cast = weights[0].new_zeros(-(-rows // ALIGNED) * ALIGNED, weights[0].shape[1], dtype=dtype)
+            self._seen = ()
+        if seen != self._seen:
+            with torch.no_grad():
+                torch._foreach_copy_(list(self._parts(self.cast, 0)), list(weights))
+            self._seen = seen
+
+    @property
+    def unpadded(self) -> torch.Tensor:
+        """`cast` without what is below the weights."""
+        return self.cast[: sum(weight.shape[0] for weight in self.weights())]
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Their outputs side by side, [..., `cast` rows], in `cast`'s dtype; needs a cast."""
+        return product_with(x.to(self.cast.dtype), self.weights(), self.cast)
+
+    def apart(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The output of each."""
+        if self.cast is None:
+            return tuple(layer(x) for layer in self.layers())
+        return self._parts(self(x), -1)
+
+    def layers(self) -> tuple[nn.Module, ...]:
+        return tuple(getattr(self._owner, name) for name in self._names)
+
+    def _parts(self, together: torch.Tensor, dim: int) -> tuple[torch.Tensor, ...]:
+        rows = [weight.shape[0] for weight in self.weights()]
+        return together.split([*rows, together.shape[dim] - sum(rows)], dim)[:-1]
+
+
+def _count_update(optimizer: torch.optim.Optimizer, *_) -> None:
+    """torch's fused optimizers change weights without counting it in their versions, as everybody else does."""
+    for group in optimizer.param_groups:
+        increment_version([parameter for parameter in group["params"] if parameter.grad is not None])
+
+
+register_optimizer_step_post_hook(_count_update)
+
+
+def joints(module: nn.Module) -> list[Joint]:
+    """All in a module and below."""
+    return [value for part in module.modules() for value in vars(part).values() if isinstance(value, Joint)]
+
+
+def cast_dtype(device_type: str) -> torch.dtype | None:
+    """What weights are cast to: autocast's dtype on a GPU; None where layers go their own ways."""
+    if device_type != "cuda" or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
