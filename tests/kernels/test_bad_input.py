@@ -249,6 +249,6 @@ def test_one_line_for_each_decision(inputs, caplog, nothing_decided):
     rms_norm_gated(zeros(2, 8), zeros(2, 8), zeros(8))
     assert said() == [
         "causal_conv1d: backend torch on cpu (not tilelang: needs a Hopper GPU, the tensors are on cpu)",
-        "rms_norm_gated: backend torch on cpu (first choice)",
+        "rms_norm_gated: backend torch on cpu (not tilelang: needs a Hopper GPU, the tensors are on cpu)",
     ]
     assert len(backends.decisions()) == 4
