@@ -19,8 +19,8 @@ from torch.nn.attention.varlen import varlen_attn
 logger = logging.getLogger(__name__)
 
 PATHS = {
-    "rows": "scaled_dot_product_attention, cuDNN first (GPU, half precision, documents of one length)",
-    "varlen": "varlen_attn (GPU, half precision)",
+    "rows": "scaled_dot_product_attention, cuDNN first, for documents of one length",
+    "varlen": "varlen_attn",
     "documents": "scaled_dot_product_attention by document",
 }
 BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
@@ -38,9 +38,9 @@ def path_of(on_gpu: bool, dtype: torch.dtype, rows: int | None) -> str:
 
 
 @cache
-def say(path: str) -> None:
+def say(path: str, device: str, dtype: torch.dtype) -> None:
     """Logs what runs, once; not for the inside of a trace."""
-    logger.info(f"attention: torch {PATHS[path]}")
+    logger.info(f"attention: torch {PATHS[path]} ({device}, {dtype})")
 
 
 def packed_causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, documents) -> torch.Tensor:
@@ -50,7 +50,7 @@ def packed_causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, d
     """
     path = path_of(q.is_cuda, q.dtype, documents.rows)
     if not torch.compiler.is_compiling():
-        say(path)
+        say(path, q.device.type, q.dtype)
     if path == "rows":
         return _by_rows(q, k, v, documents.rows)
     return _varlen(q, k, v, documents) if path == "varlen" else _by_document(q, k, v, documents)

@@ -4,6 +4,7 @@ Parameter names are those of transformers' `Qwen3_5ForCausalLM` or `OlmoHybridFo
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -50,15 +51,15 @@ class HybridModel(nn.Module):
 
     def forward(self, input_ids: torch.Tensor, documents) -> torch.Tensor:
         x_BTD = self.embed_tokens(input_ids)
+        documents = with_rows(documents)
         dtype = cast_dtype(x_BTD.device.type)
         for joint in self.joints:
             joint.refresh(dtype)
         if dtype is not None:
             x_BTD = x_BTD.to(dtype)  # the residual stream; statistics of norms are float32 in any case
-        documents = with_rows(documents)
-        for mixer in self.mixers:
-            mixer.decide(x_BTD)
-        say(path_of(x_BTD.is_cuda, x_BTD.dtype, documents.rows))
+            for mixer in self.mixers:
+                mixer.decide(x_BTD)
+            say(path_of(x_BTD.is_cuda, dtype, documents.rows), x_BTD.device.type, dtype)
         rotary = self.rotary(documents.position_ids, x_BTD.dtype)
         for layer in self.layers:
             if self.activation_checkpointing and torch.is_grad_enabled():
@@ -88,10 +89,13 @@ class HybridForCausalLM(nn.Module):
     def __init__(self, config: ModelConfig, kernel: KernelConfig | None = None, seed: int | None = None):
         super().__init__()
         self.config = config
-        self.model = HybridModel(config, kernel or KernelConfig())
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        # parameters that will be filled here need not be filled by torch's modules before
+        with torch.device("meta") if seed is not None else nullcontext():
+            self.model = HybridModel(config, kernel or KernelConfig())
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.checkpoint_config: dict = {}  # of the checkpoint it was loaded from, for what `ModelConfig` does not hold
         if seed is not None:
+            self.to_empty(device=torch.get_default_device())
             initialize(self, config, seed)
         self.joint_head = Joint(self, "lm_head")
         self.tie_head()

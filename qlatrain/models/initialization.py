@@ -14,7 +14,10 @@ OLMo-Hybrid starts as OLMo-core's `InitMethod.normal`, which trained it: N(0, in
 whatever the depth, as the norm behind a layer undoes its scale, and for the convolutions too.
 """
 
+import hashlib
 import math
+import os
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import nn
@@ -30,8 +33,23 @@ DT_RANGE = (0.001, 0.1)
 
 @torch.no_grad()
 def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
-    """Fills every parameter in place from `seed` alone, in the order of `named_modules`, drawing on the CPU."""
-    generator = torch.Generator().manual_seed(seed)
+    """Fills every parameter in place, drawing on the CPU: each from `seed` and its own name alone, on as many threads
+    as there are cores."""
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        filled = [pool.submit(_fill, name, module, config, seed) for name, module in model.named_modules()]
+        for future in filled:
+            future.result()
+
+
+def generator_of(seed: int, name: str) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8]) >> 1)
+
+
+@torch.no_grad()
+def _fill(name: str, module: nn.Module, config: ModelConfig, seed: int) -> None:
+    """The parameters of a module itself."""
+    generator = generator_of(seed, name)
 
     def normal_(weight: torch.Tensor, std: float) -> None:
         weight.copy_(torch.empty(weight.shape).normal_(0.0, std, generator=generator))
@@ -40,23 +58,22 @@ def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
         return torch.empty(shape, dtype=torch.float32).uniform_(low, high, generator=generator)
 
     olmo = config.architecture == "olmo_hybrid"
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            residual = name.rsplit(".", 1)[-1] in RESIDUAL_OUTPUTS and not olmo
-            depth = math.sqrt(2 * config.num_hidden_layers) if residual else 1.0
-            normal_(module.weight, config.initializer_range / depth)
-            if module.bias is not None:
-                module.bias.zero_()
-        elif isinstance(module, nn.Embedding) or (olmo and isinstance(module, ShortConvolution)):
-            normal_(module.weight, config.initializer_range)
-        elif isinstance(module, ShortConvolution):
-            bound = module.weight.shape[-1] ** -0.5
-            module.weight.copy_(uniform(module.weight.shape, -bound, bound))
-        elif isinstance(module, DeltaRuleMixer):
-            module.A_log.copy_(uniform(module.A_log.shape, *A_RANGE).log())
-            dt = uniform(module.dt_bias.shape, math.log(DT_RANGE[0]), math.log(DT_RANGE[1])).exp()
-            module.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus of it is dt
-        elif isinstance(module, RMSNorm):
-            module.weight.zero_()
-        elif isinstance(module, GatedRMSNorm | OlmoRMSNorm):
-            module.weight.fill_(1.0)
+    if isinstance(module, nn.Linear):
+        residual = name.rsplit(".", 1)[-1] in RESIDUAL_OUTPUTS and not olmo
+        depth = math.sqrt(2 * config.num_hidden_layers) if residual else 1.0
+        normal_(module.weight, config.initializer_range / depth)
+        if module.bias is not None:
+            module.bias.zero_()
+    elif isinstance(module, nn.Embedding) or (olmo and isinstance(module, ShortConvolution)):
+        normal_(module.weight, config.initializer_range)
+    elif isinstance(module, ShortConvolution):
+        bound = module.weight.shape[-1] ** -0.5
+        module.weight.copy_(uniform(module.weight.shape, -bound, bound))
+    elif isinstance(module, DeltaRuleMixer):
+        module.A_log.copy_(uniform(module.A_log.shape, *A_RANGE).log())
+        dt = uniform(module.dt_bias.shape, math.log(DT_RANGE[0]), math.log(DT_RANGE[1])).exp()
+        module.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus of it is dt
+    elif isinstance(module, RMSNorm):
+        module.weight.zero_()
+    elif isinstance(module, GatedRMSNorm | OlmoRMSNorm):
+        module.weight.fill_(1.0)

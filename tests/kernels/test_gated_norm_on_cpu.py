@@ -30,8 +30,8 @@ def draw(*shape, seed=0):
 
 
 def slice_of(tokens, channels, dim, seed=None):
-    """[T, C] as a slice of a projection, the rest of it NaN (all of it without a seed), the row that a kernel takes, and
-    its step."""
+    """[T, C] as a slice of a projection, the rest of it NaN (all of it without a seed), the row that a kernel takes,
+    and its step."""
     step = channels + 2 * dim
     whole = torch.full((tokens, step), NAN)
     x = whole[:, dim : dim + channels]

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from qlatrain.models import Documents, HybridForCausalLM, from_pretrained, hybrid, save_pretrained
-from qlatrain.models.attention import _say_once
+from qlatrain.models.attention import say
 from qlatrain.models.huggingface import load_weights, weights
 
 
@@ -226,7 +226,7 @@ def test_activation_checkpointing_changes_no_bit():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention_says_which_kernel_runs_once(caplog, dtype):
-    _say_once.cache_clear()
+    say.cache_clear()
     caplog.set_level(logging.INFO, logger="qlatrain.models.attention")
     model = small_model(layer_pattern=["attn"], num_hidden_layers=3).to(dtype)
     model(tokens(1, 10))
@@ -237,7 +237,7 @@ def test_attention_says_which_kernel_runs_once(caplog, dtype):
 
 def test_attention_under_autocast_is_in_half_precision(caplog):
     """Queries that rotary tables had widened to float32 would miss the fused kernel of the GPU."""
-    _say_once.cache_clear()
+    say.cache_clear()
     caplog.set_level(logging.INFO, logger="qlatrain.models.attention")
     model = small_model(layer_pattern=["attn"])
     with torch.autocast("cpu", torch.bfloat16):

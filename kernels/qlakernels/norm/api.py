@@ -43,7 +43,7 @@ def _run_torch(x, gate, weight, eps):
     return (weight * normed * F.silu(gate.float())).to(x.dtype)
 
 
-def _refuses_tilelang(call: Call) -> str | None:
+def refuses_tilelang(call: Call) -> str | None:
     if reason := refused_by_hopper(call):
         return reason
     if call.value_dim not in LANES:
@@ -60,5 +60,5 @@ def _run_tilelang(x, gate, weight, eps):
 
 
 UNCONFIRMED = "no GPU has confirmed these kernels yet, they run with backend='tilelang'"
-register(OPERATOR, Backend("tilelang", _refuses_tilelang, _run_tilelang, passed_over=UNCONFIRMED))
+register(OPERATOR, Backend("tilelang", refuses_tilelang, _run_tilelang, passed_over=UNCONFIRMED))
 register(OPERATOR, Backend("torch", lambda call: None, _run_torch))
