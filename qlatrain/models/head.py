@@ -3,9 +3,9 @@
 import torch
 import torch.nn.functional as F
 
-from qlakernels.products import weight_gradient
+from qlakernels.products import add_weight_gradient, weight_gradient
 
-LOGITS_AT_ONCE = 2**26  # elements of logits held at a time: 128 MB in half precision
+LOGITS_AT_ONCE = 2**27  # elements of logits held at a time: 256 MB in half precision
 IGNORED = -100
 
 
@@ -43,8 +43,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if wanted[0]:
                 torch.mm(dlogits, cast, out=dx[rows])
             if wanted[1]:
-                of_slice = weight_gradient(dlogits, x[rows], weight.dtype)
-                dweight = of_slice if dweight is None else dweight.add_(of_slice)
+                if dweight is None:
+                    dweight = weight_gradient(dlogits, x[rows], weight.dtype)
+                else:
+                    dweight = add_weight_gradient(dweight, dlogits, x[rows])
         ctx.save_for_backward(dx, dweight)
         return nll
 

@@ -100,6 +100,13 @@ class HybridForCausalLM(nn.Module):
         self.joint_head = Joint(self, "lm_head")
         self.tie_head()
 
+    def traced_whole(self, device_type: str, mixed_precision: str) -> bool:
+        """Whether blocks will be traced without a break: in half precision on a GPU, by our own kernels, with no
+        adapters."""
+        plain = all(joint.plain for joint in self.model.joints)
+        ours = all(mixer.backend in ("auto", "tilelang") for mixer in self.model.mixers)
+        return device_type == "cuda" and mixed_precision != "no" and plain and ours
+
     def tie_head(self) -> None:
         """Makes the head the embedding itself where the config says so."""
         if self.config.tie_word_embeddings:

@@ -32,8 +32,7 @@ class Joint:
 
     def refresh(self, dtype: torch.dtype | None) -> None:
         """Makes `cast` hold the weights as they are now in `dtype`; None: drops it."""
-        layers = self.layers()
-        if dtype is None or any(type(layer) is not nn.Linear or layer.bias is not None for layer in layers):
+        if dtype is None or not self.plain:
             self.cast, self._seen = None, ()
             return
         weights = self.weights()
@@ -46,6 +45,11 @@ class Joint:
             with torch.no_grad():
                 torch._foreach_copy_(list(self._parts(self.cast, 0)), list(weights))
             self._seen = seen
+
+    @property
+    def plain(self) -> bool:
+        """Whether all are linear layers as they come, without a bias."""
+        return all(type(layer) is nn.Linear and layer.bias is None for layer in self.layers())
 
     @property
     def unpadded(self) -> torch.Tensor:

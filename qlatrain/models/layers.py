@@ -10,6 +10,7 @@ from torch import nn
 from qlakernels import causal_conv1d, chunk_gated_delta_rule, gated_delta_net, rms_norm_gated
 from qlakernels.backends import select
 from qlakernels.gated_delta_net.api import OPERATOR, Heads, call_of
+from qlakernels.products import swiglu_mlp
 from qlatrain.config import ModelConfig
 from qlatrain.models.attention import packed_causal_attention
 from qlatrain.models.joint import Joint
@@ -101,8 +102,14 @@ class DeltaRuleMixer(nn.Module):
 
     def as_one(self, x_BTD: torch.Tensor, documents, norm: GatedRMSNorm) -> torch.Tensor:
         (out_weight,) = self.joint_out.weights()
-        return gated_delta_net(
-            self.joint_in(x_BTD),
+        joint_BTC, rows = self.joint_in(x_BTD), documents.rows
+        packed = {
+            "position_ids": documents.position_ids,
+            "cu_seqlens": documents.cu_seqlens,
+            "cu_seqlens_cpu": documents.cu_seqlens_cpu,
+        }
+        out_BTD = gated_delta_net(
+            joint_BTC if rows is None else joint_BTC.unflatten(1, (rows, -1))[0],
             self.conv1d.weight.squeeze(1),
             self.A_log,
             self.dt_bias,
@@ -112,11 +119,10 @@ class DeltaRuleMixer(nn.Module):
             out_cast=self.joint_out.unpadded,
             eps=norm.eps,
             allow_neg_eigval=self.allow_neg_eigval,
-            position_ids=documents.position_ids,
-            cu_seqlens=documents.cu_seqlens,
-            cu_seqlens_cpu=documents.cu_seqlens_cpu,
             backend=self.backend,
+            **(packed if rows is None else {}),
         )
+        return out_BTD if rows is None else out_BTD.flatten(0, 1)[None]
 
     def delta_rule(self, q_BTC, k_BTC, v_BTC, a_BTH, b_BTH, documents) -> torch.Tensor:
         """Convolved q, k and v of all heads side by side, raw decay a and raw step size b → [B, T, H, V]."""
@@ -228,6 +234,11 @@ class MLP(nn.Module):
         self.joint_out = Joint(self, "down_proj")
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        if self.joint_in.cast is not None and self.joint_out.cast is not None:
+            casts = self.joint_in.unpadded, self.joint_out.unpadded
+            return swiglu_mlp(
+                x_BTD.to(casts[0].dtype), self.joint_in.weights(), casts[0], *self.joint_out.weights(), casts[1]
+            )
         gate_BTF, up_BTF = self.joint_in.apart(x_BTD)
         (out_BTD,) = self.joint_out.apart(F.silu(gate_BTF) * up_BTF)
         return out_BTD

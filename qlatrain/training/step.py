@@ -93,8 +93,11 @@ class TrainStep:
         gradients."""
         model.model.activation_checkpointing = train.activation_checkpointing
         if train.compile:
+            # what is put together elementwise from tensors that are kept is made again in the backward
+            torch._functorch.config.ban_recompute_materialized_backward = False
+            whole = model.traced_whole(layout.device.type, train.mixed_precision)
             for block in model.model.layers:
-                block.compile()
+                block.compile(fullgraph=whole)
         prepared = layout.prepare(model)
         trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         return cls(prepared, Optimizers(trained, optim), layout, train.max_grad_norm, count_flops)
