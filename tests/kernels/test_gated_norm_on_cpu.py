@@ -30,8 +30,8 @@ def draw(*shape, seed=0):
 
 
 def slice_of(tokens, channels, dim, seed=None):
-    """[T, C] as a slice of a projection, the rest of it NaN (all of it without a seed), the row that a kernel takes, and
-    its step."""
+    """[T, C] as a slice of a projection, the rest of it NaN, and all of it without a seed; the row that a kernel takes,
+    and its step."""
     step = channels + 2 * dim
     whole = torch.full((tokens, step), NAN)
     x = whole[:, dim : dim + channels]
@@ -66,6 +66,6 @@ def test_forward_and_backward(dim, with_output, monkeypatch):
             for got, wanted in zip(results, (expected.detach(), *gradients), strict=True):
                 torch.testing.assert_close(got.reshape(wanted.shape).double(), wanted, rtol=1e-5, atol=1e-5)
             if with_output:
-                torch.testing.assert_close(again, y, rtol=1e-6, atol=1e-6)
+                assert torch.equal(again, y)
             else:
                 assert again.isnan().all()
