@@ -39,9 +39,9 @@ def check(x, gate, weight):
     expected = formula(*doubles, x.dtype)
     wanted = torch.autograd.grad(expected, doubles, dy.double())
     eps = EPS[x.dtype]
-    # Rounded once: half of eps, and sums; a normalised x that lies between two numbers may go to either.
-    torch.testing.assert_close(y.double(), expected.detach(), rtol=2.5 * eps, atol=1e-5)
-    torch.testing.assert_close(gradients[1].double(), wanted[1], rtol=2.5 * eps, atol=1e-5)
+    # Rounded once, eps, and sums; a normalised x halfway between two numbers, 2 eps apart, may go to either.
+    torch.testing.assert_close(y.double(), expected.detach(), rtol=3.1 * eps, atol=1e-5)
+    torch.testing.assert_close(gradients[1].double(), wanted[1], rtol=3.1 * eps, atol=1e-5)
     torch.testing.assert_close(gradients[0].double(), wanted[0], rtol=eps, atol=1e-4 * wanted[0].abs().max().item())
     assert (gradients[2] - wanted[2]).norm() <= (1e-4 if weight.dtype == torch.float32 else eps) * wanted[2].norm()
     assert [t.dtype for t in (y, *gradients)] == [t.dtype for t in (x, *leaves)]
