@@ -60,8 +60,7 @@ def backward_kernel(dim, dtype, weight_dtype, with_output):
             T.annotate_min_blocks_per_sm(BLOCKS["backward"])
             raw_weights, weights = T.alloc_local((PIECE,), weight_dtype), T.alloc_local((PIECE,), "float32")
             dy_rows, x_rows, gate_rows = (T.alloc_local((tokens_ahead, PIECE), dtype) for _ in range(3))
-            dw, n, p, dg = (T.alloc_local((PIECE,), "float32") for _ in range(4))
-            scale = T.alloc_local((PIECE,), "float32")  # of y: w ∘ g σ(g)
+            dw, n, p, dg, silu = (T.alloc_local((PIECE,), "float32") for _ in range(5))
             out = T.alloc_local((PIECE,), dtype)
             gate_sigmoid, r, c = (T.alloc_local((1,), "float32") for _ in range(3))
             parts = T.alloc_shared((THREADS // lanes, dim), "float32")
@@ -97,10 +96,9 @@ def backward_kernel(dim, dtype, weight_dtype, with_output):
                         n[j] = T.cast(x_rows[i, j], "float32")
                         dg[j] = T.cast(gate_rows[i, j], "float32")
                         gate_sigmoid[0] = sigmoid(dg[j])
-                        scale[j] = dg[j] * gate_sigmoid[0]
+                        silu[j] = dg[j] * gate_sigmoid[0]
                         dg[j] = weights[j] * p[j] * slope(dg[j], gate_sigmoid[0])
-                        p[j] *= scale[j]
-                        scale[j] *= weights[j]
+                        p[j] *= silu[j]
                         r[0] += n[j] * n[j]
                         c[0] += weights[j] * p[j] * n[j]
                     add_over_lanes(r, lanes)
@@ -116,12 +114,12 @@ def backward_kernel(dim, dtype, weight_dtype, with_output):
                     for j in T.unroll(PIECE):
                         p[j] = r[0] * (weights[j] * p[j] - c[0] * n[j])
                         dg[j] *= T.cast(out[j], "float32")
-                        scale[j] *= T.cast(out[j], "float32")
+                        silu[j] *= weights[j] * T.cast(out[j], "float32")
                     if token < last:
                         store_piece(p, out, dx, place_of(token, dx_step, column))
                         store_piece(dg, out, dgate, place_of(token, dgate_step, column))
                         if with_output:
-                            store_piece(scale, out, y, place_of(token, y_step, column))
+                            store_piece(silu, out, y, place_of(token, y_step, column))
             if lane < dim // PIECE:
                 for j in T.vectorized(PIECE):
                     parts[thread // lanes, lane * PIECE + j] = dw[j]

@@ -75,7 +75,8 @@ def forward_kernel(dim, dtype, weight_dtype):
                     round_into(out, values)
                     for j in T.unroll(PIECE):
                         values[j] = T.cast(gate_rows[i, j], "float32")
-                        values[j] *= sigmoid(values[j]) * weights[j] * T.cast(out[j], "float32")
+                        values[j] *= sigmoid(values[j])
+                        values[j] *= weights[j] * T.cast(out[j], "float32")
                     if token < last:
                         store_piece(values, out, y, place_of(token, y_step, column))
 
