@@ -1,7 +1,6 @@
 """Matrix products of linear layers in half precision over weights that are kept in float32."""
 
 import torch
-import torch.nn.functional as F
 
 _library = torch.library.Library("qlakernels", "FRAGMENT")
 _library.define("weight_gradient(Tensor dy, Tensor x, ScalarType dtype) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
@@ -69,54 +68,3 @@ class _Product(torch.autograd.Function):
             together = weight_gradient(used, x.flatten(0, -2), ctx.dtypes[0])
             gradients = [g.to(dtype) for g, dtype in zip(together.split(ctx.rows), ctx.dtypes, strict=True)]
         return dx, None, *gradients
-
-
-def swiglu_mlp(
-    x: torch.Tensor,
-    weights: tuple[torch.Tensor, torch.Tensor],
-    cast: torch.Tensor,
-    down_weight: torch.Tensor,
-    down_cast: torch.Tensor,
-) -> torch.Tensor:
-    """(SiLU(x W_gateᵀ) ∘ (x W_upᵀ)) W_downᵀ (Shazeer 2020), which keeps x and both products; what lies between them
-    and the last product is made anew in the backward, in the pass that makes the gradients.
-
-    Args:
-        x: [..., D].
-        weights: gate and up, [F, D] each; with down_weight, [D_out, F], they get the gradients, in their own dtypes.
-        cast: [2 F, D], gate above up, and down_cast [D_out, F], in x's dtype; they are what is multiplied with.
-
-    Returns:
-        [..., D_out].
-    """
-    return _SwigluMLP.apply(x, cast, down_cast, *weights, down_weight)
-
-
-class _SwigluMLP(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, cast, down_cast, gate_weight, up_weight, down_weight):
-        together = torch.matmul(x, cast.t())
-        gate, up = together.chunk(2, dim=-1)
-        ctx.save_for_backward(x, together, cast, down_cast)
-        ctx.dtypes = [weight.dtype for weight in (gate_weight, up_weight, down_weight)]
-        return torch.matmul((F.silu(gate.float()) * up.float()).to(x.dtype), down_cast.t())
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, together, cast, down_cast = ctx.saved_tensors
-        d_between = torch.matmul(dy, down_cast).float()
-        gate, up = (part.float() for part in together.chunk(2, dim=-1))
-        sigmoid = torch.sigmoid(gate)
-        silu = gate * sigmoid
-        between = (silu * up).to(x.dtype)
-        d_gate = d_between * up * (sigmoid + silu * (1 - sigmoid))
-        d_together = torch.cat([d_gate, d_between * silu], dim=-1).to(x.dtype)
-        dx = torch.matmul(d_together, cast) if ctx.needs_input_grad[0] else None
-        d_gate_weight = d_up_weight = d_down_weight = None
-        if any(ctx.needs_input_grad[3:5]):
-            d_weights = weight_gradient(d_together.flatten(0, -2), x.flatten(0, -2), ctx.dtypes[0])
-            d_gate_weight, d_up_weight = d_weights.chunk(2)
-            d_up_weight = d_up_weight.to(ctx.dtypes[1])
-        if ctx.needs_input_grad[5]:
-            d_down_weight = weight_gradient(dy.flatten(0, -2), between.flatten(0, -2), ctx.dtypes[2])
-        return dx, None, None, d_gate_weight, d_up_weight, d_down_weight

@@ -58,10 +58,10 @@ def packed_causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, d
 
 def _by_rows(q, k, v, rows):
     """Documents of one length, taken as a batch."""
-    q, k, v = (x.unflatten(1, (rows, -1))[0].transpose(1, 2) for x in (q, k, v))
+    q, k, v = (x.view(rows, -1, *x.shape[2:]).transpose(1, 2) for x in (q, k, v))
     with sdpa_kernel(BACKENDS, set_priority=True):
         o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-    return o.transpose(1, 2).flatten(0, 1)[None]
+    return o.transpose(1, 2).reshape(1, -1, o.shape[1], o.shape[3])
 
 
 def _varlen(q, k, v, documents):

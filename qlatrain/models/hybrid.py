@@ -18,7 +18,7 @@ from qlatrain.models.documents import Documents, with_rows
 from qlatrain.models.head import LOGITS_AT_ONCE, linear_cross_entropy
 from qlatrain.models.initialization import initialize
 from qlatrain.models.joint import Joint, cast_dtype, joints
-from qlatrain.models.layers import Block, DeltaRuleMixer, RMSNorm, rotary_table
+from qlatrain.models.layers import MLP, Block, DeltaRuleMixer, RMSNorm, rotary_table
 from qlatrain.models.olmo_hybrid import OlmoRMSNorm, olmo_block
 
 
@@ -48,6 +48,7 @@ class HybridModel(nn.Module):
         self.norm = norm(config.hidden_size, config.rms_norm_eps)
         self.joints = joints(self)
         self.mixers = [part for part in self.modules() if isinstance(part, DeltaRuleMixer)]
+        self.mlps = [part for part in self.modules() if isinstance(part, MLP)]
 
     def forward(self, input_ids: torch.Tensor, documents) -> torch.Tensor:
         x_BTD = self.embed_tokens(input_ids)
@@ -57,8 +58,8 @@ class HybridModel(nn.Module):
             joint.refresh(dtype)
         if dtype is not None:
             x_BTD = x_BTD.to(dtype)  # the residual stream; statistics of norms are float32 in any case
-            for mixer in self.mixers:
-                mixer.decide(x_BTD)
+            for part in (*self.mixers, *self.mlps):
+                part.decide(x_BTD)
             say(path_of(x_BTD.is_cuda, dtype, documents.rows), x_BTD.device.type, dtype)
         rotary = self.rotary(documents.position_ids, x_BTD.dtype)
         for layer in self.layers:

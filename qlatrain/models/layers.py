@@ -10,7 +10,8 @@ from torch import nn
 from qlakernels import causal_conv1d, chunk_gated_delta_rule, gated_delta_net, rms_norm_gated
 from qlakernels.backends import select
 from qlakernels.gated_delta_net.api import OPERATOR, Heads, call_of
-from qlakernels.products import swiglu_mlp
+from qlakernels.swiglu import api as swiglu
+from qlakernels.swiglu import swiglu_mlp
 from qlatrain.config import ModelConfig
 from qlatrain.models.attention import packed_causal_attention
 from qlatrain.models.joint import Joint
@@ -109,7 +110,7 @@ class DeltaRuleMixer(nn.Module):
             "cu_seqlens_cpu": documents.cu_seqlens_cpu,
         }
         out_BTD = gated_delta_net(
-            joint_BTC if rows is None else joint_BTC.unflatten(1, (rows, -1))[0],
+            joint_BTC if rows is None else joint_BTC.view(rows, -1, joint_BTC.shape[-1]),
             self.conv1d.weight.squeeze(1),
             self.A_log,
             self.dt_bias,
@@ -122,7 +123,7 @@ class DeltaRuleMixer(nn.Module):
             backend=self.backend,
             **(packed if rows is None else {}),
         )
-        return out_BTD if rows is None else out_BTD.flatten(0, 1)[None]
+        return out_BTD.view(x_BTD.shape)
 
     def delta_rule(self, q_BTC, k_BTC, v_BTC, a_BTH, b_BTH, documents) -> torch.Tensor:
         """Convolved q, k and v of all heads side by side, raw decay a and raw step size b → [B, T, H, V]."""
@@ -233,12 +234,17 @@ class MLP(nn.Module):
         self.joint_in = Joint(self, "gate_proj", "up_proj")
         self.joint_out = Joint(self, "down_proj")
 
+    def decide(self, x_BTD: torch.Tensor) -> None:
+        """As that of a mixer."""
+        if self.joint_in.cast is not None and self.joint_out.cast is not None:
+            together = x_BTD.new_empty(0, 2 * self.down_proj.in_features)
+            select(swiglu.OPERATOR, "auto", swiglu.call_of(together))
+
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
         if self.joint_in.cast is not None and self.joint_out.cast is not None:
-            casts = self.joint_in.unpadded, self.joint_out.unpadded
-            return swiglu_mlp(
-                x_BTD.to(casts[0].dtype), self.joint_in.weights(), casts[0], *self.joint_out.weights(), casts[1]
-            )
+            cast, down_cast = self.joint_in.unpadded, self.joint_out.unpadded
+            (down_weight,) = self.joint_out.weights()
+            return swiglu_mlp(x_BTD.to(cast.dtype), self.joint_in.weights(), cast, down_weight, down_cast)
         gate_BTF, up_BTF = self.joint_in.apart(x_BTD)
         (out_BTD,) = self.joint_out.apart(F.silu(gate_BTF) * up_BTF)
         return out_BTD

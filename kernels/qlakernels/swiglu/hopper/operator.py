@@ -1,0 +1,53 @@
+"""SwiGLU on Hopper as torch operators, a launch each."""
+
+from functools import cache
+
+import torch
+
+from qlakernels.compiled import launchers
+from qlakernels.swiglu.hopper import kernels  # noqa: F401  makes them known
+from qlakernels.swiglu.hopper.sizes import PIECE
+
+
+@cache
+def _launchers(dtype):
+    name = str(dtype).removeprefix("torch.")
+    return launchers({direction: (f"swiglu_{direction}", name) for direction in ("forward", "backward")})
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """x, contiguous and at a multiple of 16 bytes: as it is, unless it is not."""
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % 16 else x
+
+
+def _forward(together):
+    together = _rows(together)
+    y = together.new_empty(*together.shape[:-1], together.shape[-1] // 2)
+    if y.numel():
+        pieces = y.shape[-1] // PIECE
+        _launchers(y.dtype)["forward"](together.view(-1), y.view(-1), y.numel() // y.shape[-1], pieces)
+    return y
+
+
+def _backward(dy, together):
+    dy, together = _rows(dy), _rows(together)
+    d_together, y = torch.empty_like(together), torch.empty_like(dy)
+    if y.numel():
+        flat = (x.view(-1) for x in (dy, together, d_together, y))
+        _launchers(y.dtype)["backward"](*flat, y.numel() // y.shape[-1], y.shape[-1] // PIECE)
+    return d_together, y
+
+
+_library = torch.library.Library("qlakernels", "FRAGMENT")
+_library.define("swiglu(Tensor together) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
+_library.define("swiglu_backward(Tensor dy, Tensor together) -> (Tensor, Tensor)", tags=torch.Tag.pt2_compliant_tag)
+for _op, _impl, _fake in (
+    ("swiglu", _forward, lambda together: together.new_empty(*together.shape[:-1], together.shape[-1] // 2)),
+    ("swiglu_backward", _backward, lambda dy, together: (together.new_empty(together.shape), dy.new_empty(dy.shape))),
+):
+    _library.impl(_op, _impl, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"qlakernels::{_op}", _fake, lib=_library)
+
+forward = torch.ops.qlakernels.swiglu.default
+backward = torch.ops.qlakernels.swiglu_backward.default
