@@ -10,7 +10,15 @@ import pytest
 from qlatrain.bench.finetune_job import write_conversations
 
 SCRIPT = Path(__file__).parent.parent.parent / "benchmarks" / "finetune_vs_transformers.py"
-TINY = ("--model-config=tiny", "--rows-per-step=2", "--row-tokens=128", "--steps=2", "--warmup=1", "--no-compile")
+TINY = (
+    "--model-config=tiny",
+    "--rows-per-step=2",
+    "--row-tokens=128",
+    "--steps=2",
+    "--warmup=1",
+    "--no-compile",
+    "--load-repeats=1",
+)
 
 
 @pytest.fixture
@@ -65,7 +73,7 @@ def test_both_sides_on_a_cpu(benchmark, tmp_path, capsys):
 def answers(benchmark, monkeypatch, reasons: dict) -> list:
     """Puts made-up ends of processes in the place of real ones; the jobs that were asked for. reasons: by side, of what
     takes more than one row."""
-    asked = []
+    asked, loads = [], []
 
     def last_event(process, arguments, told, *_):
         job = json.loads(told)
@@ -73,7 +81,8 @@ def answers(benchmark, monkeypatch, reasons: dict) -> list:
             Path(job["folder"]).mkdir()
             Path(job["folder"], "model.safetensors").write_bytes(b"1234")
         if arguments != ("finetune",):
-            return {"event": "measured", "seconds": 1.0, "host_growth_bytes": 10}
+            loads.append(job.get("side"))
+            return {"event": "measured", "seconds": 9.0 - len(loads), "host_growth_bytes": 10}
         asked.append((job["side"], job["micro_rows"]))
         if job["side"] in reasons and job["micro_rows"] > 1:
             return {"event": "failed", "reason": reasons[job["side"]]}
@@ -94,8 +103,10 @@ def test_out_of_memory_halves_the_rows_at_once(benchmark, monkeypatch):
 
 def test_a_peer_that_fails_leaves_our_figures(benchmark, monkeypatch, capsys):
     asked = answers(benchmark, monkeypatch, {"transformers": "ValueError: no such thing"})
-    result, code = benchmark()
+    result, code = benchmark("--load-repeats=2")
     assert code == 0 and len(asked) == 2 and result["ratio"] is None
+    assert result["sides"]["qlatrain"]["load"]["all_seconds"] == [7.0, 5.0]  # in turn; before them the checkpoint
+    assert result["sides"]["qlatrain"]["load"]["seconds"] == 5.0
     assert result["sides"]["qlatrain"]["finetune"]["tokens_per_second"] == 200
     assert result["sides"]["transformers"]["finetune"]["status"] == "failed"
     assert "transformers: ValueError: no such thing" in capsys.readouterr().out
@@ -112,6 +123,8 @@ def test_no_peers_and_what_is_refused(benchmark, monkeypatch, capsys):
     asked = answers(benchmark, monkeypatch, {})
     result, _ = benchmark("--peers=none")
     assert asked == [("qlatrain", 2)] and result["sides"].keys() == {"qlatrain"} and result["ratio"] is None
+    _, code = benchmark("--model-config=tony")
+    assert code == 2 and "did you mean tiny" in capsys.readouterr().err
     _, code = benchmark("--micro-rows=3")
     assert code == 2 and "--micro-rows 3 does not divide --rows-per-step 2" in capsys.readouterr().err
 
