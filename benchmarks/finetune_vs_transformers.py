@@ -184,7 +184,7 @@ def finetune(job: FinetuneJob, folder: Path) -> dict:
 
 
 def run_part(part: str, told: dict, on_gpu: bool, folder: Path, side: str = "") -> dict:
-    """Figures with a `status`, ok, missing or failed, and where it is not ok a `reason`."""
+    """Figures with a `status`, ok, missing, refused or failed, and where it is not ok a `reason`."""
     if side and (reason := missing(side)):
         return {"status": "missing", "reason": reason}
     one_gpu = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]}
