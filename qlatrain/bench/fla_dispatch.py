@@ -1,4 +1,4 @@
-"""flash-linear-attention's own dispatcher, kept from handing the gated delta rule to FlashQLA.
+"""flash-linear-attention's own dispatcher, which hands the gated delta rule to FlashQLA or is kept from it.
 
 FLA 0.6.0 gives `chunk_gated_delta_rule` to FlashQLA whenever that is installed and takes the call, so a row called fla
 would measure FlashQLA. `FLA_FLASH_QLA=0`, read at each call, turns that off. The rest of its dispatcher stays on: on
@@ -15,7 +15,7 @@ LOGGER = "fla.backends"
 
 
 class FlaDispatch(logging.Handler):
-    """Use `FlaDispatch.switched_off()`, before FLA is called for the first time: it logs each choice once."""
+    """Use `switched_off()` or `switched_on()`, before FLA is called for the first time: it logs each choice once."""
 
     _instance: "FlaDispatch | None" = None
 
@@ -26,7 +26,16 @@ class FlaDispatch(logging.Handler):
     @classmethod
     def switched_off(cls) -> "FlaDispatch":
         """Turns FlashQLA off for FLA in this process, and listens to what FLA chooses."""
-        os.environ[SWITCH] = "0"
+        return cls._listening("0")
+
+    @classmethod
+    def switched_on(cls) -> "FlaDispatch":
+        """Lets FLA hand calls to FlashQLA in this process, and listens to what FLA chooses."""
+        return cls._listening("1")
+
+    @classmethod
+    def _listening(cls, switch: str) -> "FlaDispatch":
+        os.environ[SWITCH] = switch
         if cls._instance is None:
             cls._instance = cls()
             logger = logging.getLogger(LOGGER)

@@ -125,25 +125,35 @@ class TransformersModel(Peer):
         has_fla = importlib.util.find_spec("fla") is not None and self.job.on_gpu
         if self.job.batch_shape.documents is not None and not has_fla:
             raise Refused("without flash-linear-attention on a GPU it does not keep packed documents apart")
-        has_conv = importlib.util.find_spec("causal_conv1d") is not None
-        self.note = (
-            f"gated delta rule {'by fla where transformers takes it' if has_fla else 'in plain PyTorch'}, convolution "
-        )
-        self.note += "by causal-conv1d" if has_conv else "in plain PyTorch"
-        if self.job.batch_shape.documents is not None and not has_conv:
-            self.note += ", which runs across the boundaries of packed documents"
+        self.note = transformers_note(has_fla, packed=self.job.batch_shape.documents is not None)
         config = AutoConfig.for_model(hf.pop("model_type"), **hf)
         return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
 
     def arguments(self, batch: PackedBatch) -> dict:
-        longest = batch.max_seqlen
-        return {
-            "position_ids": batch.position_ids,
-            "cu_seq_lens_q": batch.cu_seqlens,
-            "cu_seq_lens_k": batch.cu_seqlens,
-            "max_length_q": longest,
-            "max_length_k": longest,
-        }
+        return transformers_arguments(batch)
+
+
+def transformers_arguments(batch: PackedBatch) -> dict:
+    """The boundaries of packed documents, as transformers' models take them."""
+    longest = batch.max_seqlen
+    return {
+        "position_ids": batch.position_ids,
+        "cu_seq_lens_q": batch.cu_seqlens,
+        "cu_seq_lens_k": batch.cu_seqlens,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+
+
+def transformers_note(has_fla: bool, packed: bool) -> str:
+    """What runs in transformers' GDN layers, and what of it does not keep packed documents apart."""
+    has_conv = importlib.util.find_spec("causal_conv1d") is not None
+    across = ["the rule"] * (not has_fla) + ["the convolution"] * (not has_conv)
+    note = f"gated delta rule {'by fla where transformers takes it' if has_fla else 'in plain PyTorch'}, convolution "
+    note += "by causal-conv1d" if has_conv else "in plain PyTorch"
+    if packed and across:
+        note += f"; across the boundaries of packed documents: {' and '.join(across)}"
+    return note
 
 
 class FlaModel(Peer):

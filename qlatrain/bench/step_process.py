@@ -150,7 +150,9 @@ def reason(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0]}"
 
 
-def main() -> None:
+def tell_parent(work: Callable[[Callable[..., None]], dict]) -> None:
+    """Calls `work(tell)` and tells the figures it returns, or why there are none, as the last line of standard
+    output."""
     told = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever is printed from here on is no part of what the parent reads
 
@@ -159,12 +161,16 @@ def main() -> None:
 
     Told(tell)
     try:
-        tell("measured", **measure(StepJob.from_json(sys.stdin.read()), tell))
+        tell("measured", **work(tell))
     except Refused as error:
         tell("refused", reason=str(error))
     except Exception as error:
         traceback.print_exc()
         tell("failed", reason=reason(error))
+
+
+def main() -> None:
+    tell_parent(lambda tell: measure(StepJob.from_json(sys.stdin.read()), tell))
 
 
 if __name__ == "__main__":

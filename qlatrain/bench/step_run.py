@@ -1,4 +1,4 @@
-"""Starts the process of a model, passes on what it tells, and makes a row of it."""
+"""Starts a process that measures, passes on what it tells, and makes a row of it."""
 
 import json
 import os
@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -28,13 +28,49 @@ def measure_in_process(
         on_event: called with each line that the process tells.
         empty_caches: the process finds nothing that was compiled before.
     """
-    variables = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    variables["ACCELERATE_USE_CPU"] = "false" if job.on_gpu else "true"
-    row, last, said = StepRow.of(job), {}, []
-    with tempfile.TemporaryDirectory() as folder, open(log, "wb") as printed:
-        if empty_caches:
-            variables |= caches_in(folder)
-        command = [sys.executable, "-m", "qlatrain.bench.step_process"]
+    said = []
+
+    def heard(event: dict) -> None:
+        if event["event"] == "said":
+            said.append(event["line"])
+        on_event(event)
+
+    row = StepRow.of(job)
+    with tempfile.TemporaryDirectory() as folder:
+        caches = caches_in(folder) if empty_caches else {}
+        last = last_event("qlatrain.bench.step_process", (), job.to_json(), job.on_gpu, log, heard, caches)
+    event, row.backends = last.pop("event"), "; ".join(said)
+    if event == "measured":
+        row.fill(last, peak)
+    else:
+        row.status, row.reason = event, last["reason"]
+    return row
+
+
+def last_event(
+    module: str,
+    arguments: Sequence[str],
+    told: str,
+    on_gpu: bool,
+    log: Path,
+    on_event: Callable[[dict], None],
+    variables: dict[str, str],
+) -> dict:
+    """Runs a module as a process of its own that ends with `tell_parent`: `measured`, `refused` or `failed`.
+
+    Args:
+        module, arguments: `python -m module arguments`.
+        told: its standard input.
+        on_gpu: whether accelerate and transformers' Trainer may take a GPU.
+        log: what the process prints goes here.
+        on_event: called with each line that the process tells.
+        variables: of its environment, beside ours.
+    """
+    variables = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)} | variables
+    variables["ACCELERATE_USE_CPU"] = "false" if on_gpu else "true"
+    last = {}
+    with open(log, "wb") as printed:
+        command = [sys.executable, "-m", module, *arguments]
         process = subprocess.Popen(
             command, env=variables, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=printed, text=True
         )
@@ -43,26 +79,19 @@ def measure_in_process(
         timer.start()
         try:
             with suppress(BrokenPipeError):  # gone already: what it ended with tells why
-                process.stdin.write(job.to_json())
+                process.stdin.write(told)
                 process.stdin.close()
             for line in process.stdout:
                 last = json.loads(line)
-                if last["event"] == "said":
-                    said.append(last["line"])
                 on_event(last)
             process.wait()
         finally:
             timer.cancel()
             process.kill()
             process.wait()
-    event, row.backends = last.pop("event", None), "; ".join(said)
-    if event == "measured":
-        row.fill(last, peak)
-    elif event in ("refused", "failed"):
-        row.status, row.reason = event, last["reason"]
-    else:
-        row.status, row.reason = "failed", _ended(process.returncode, late.is_set(), log)
-    return row
+    if last.get("event") in ("measured", "refused", "failed"):
+        return last
+    return {"event": "failed", "reason": _ended(process.returncode, late.is_set(), log)}
 
 
 def _ended(code: int, late: bool, log: Path) -> str:

@@ -132,13 +132,18 @@ class TrainStep:
 
 @torch.no_grad()
 def validation_nll(model: nn.Module, batches: Sequence, layout: Layout) -> tuple[float, float]:
-    """(sum of negative log-likelihoods, number of targets) over all processes."""
+    """(sum of negative log-likelihoods, number of targets) over all processes.
+
+    Compiled blocks run eagerly: the last batch may be smaller than the others, and having met two sizes the compiler
+    would make graphs for any size, of training too.
+    """
     model.eval()
     total = torch.zeros(2, dtype=torch.float64, device=layout.device)
-    for batch in batches:
-        batch = batch.to(layout.device)
-        total[0] += model(batch.input_ids, batch, batch.labels)
-        total[1] += batch.num_targets
+    with torch.compiler.set_stance("force_eager"):
+        for batch in batches:
+            batch = batch.to(layout.device)
+            total[0] += model(batch.input_ids, batch, batch.labels)
+            total[1] += batch.num_targets
     model.train()
     nll, targets = layout.sum(total).tolist()
     return nll, targets

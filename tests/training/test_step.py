@@ -137,6 +137,22 @@ def test_validation():
     assert run.model.training and all(not value.requires_grad for value in before.values())
 
 
+def test_validation_leaves_compiled_blocks_to_the_size_of_training():
+    """Its last batch is smaller: a compiler that has met two sizes makes slower graphs, for any size."""
+    run, sizes = Run(), []
+
+    def compiler(graph, inputs):
+        sizes.extend(x.shape[1] for x in inputs if isinstance(x, torch.Tensor) and x.ndim == 3 and x.shape[-1] == 16)
+        return graph
+
+    for block in run.model.model.layers:
+        block.compile(backend=compiler)
+    validation_nll(run.step.model, [batch(*ROWS[:2]), batch(ROWS[2])], one_process())
+    assert sizes == []
+    run.take(batch(*ROWS[:2]))
+    assert sizes and {type(size) for size in sizes} == {int}
+
+
 def report_of(tmp_path, max_skipped_steps: int, late: int = 0) -> Report:
     tracker = Tracker(TrackConfig(), "run", tmp_path)
     tracker.start(one_process().accelerator)
