@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from qlakernels.products import add_weight_gradient, weight_gradient
 
-LOGITS_AT_ONCE = 2**27  # elements of logits held at a time: 256 MB in half precision
+TOKENS_AT_ONCE = 4096  # whose logits are held; fewer would read and write the gradient of the weight more often
 IGNORED = -100
 
 
@@ -34,9 +34,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         nll = torch.zeros((), device=x.device)
         dx = torch.empty_like(x) if wanted[0] else None
         dweight = None
-        size = max(1, LOGITS_AT_ONCE // len(cast))
-        for i in range(0, len(x), size):
-            rows = slice(i, i + size)
+        for i in range(0, len(x), TOKENS_AT_ONCE):
+            rows = slice(i, i + TOKENS_AT_ONCE)
             logits = F.linear(x[rows], cast)
             part, dlogits = _of_logits(logits, labels[rows], any(wanted))
             nll += part

@@ -15,11 +15,13 @@ from torch.utils.checkpoint import checkpoint
 from qlatrain.config import KernelConfig, ModelConfig
 from qlatrain.models.attention import path_of, say
 from qlatrain.models.documents import Documents, with_rows
-from qlatrain.models.head import LOGITS_AT_ONCE, linear_cross_entropy
+from qlatrain.models.head import linear_cross_entropy
 from qlatrain.models.initialization import initialize
 from qlatrain.models.joint import Joint, cast_dtype, joints
 from qlatrain.models.layers import MLP, Block, DeltaRuleMixer, RMSNorm, rotary_table
 from qlatrain.models.olmo_hybrid import OlmoRMSNorm, olmo_block
+
+LOGITS_AT_ONCE = 2**26  # elements of float32 logits held at a time: 256 MB
 
 
 class Architecture(NamedTuple):

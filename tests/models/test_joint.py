@@ -96,7 +96,7 @@ def test_operators_are_sound():
 
 @pytest.mark.parametrize("slices", [1, 3])
 def test_cross_entropy(slices, monkeypatch):
-    monkeypatch.setattr("qlatrain.models.head.LOGITS_AT_ONCE", 40 * -(-11 // slices))
+    monkeypatch.setattr("qlatrain.models.head.TOKENS_AT_ONCE", -(-11 // slices))
     x, weight = draw(11, 16).requires_grad_(), draw(40, 16, seed=1).requires_grad_()
     labels = torch.tensor([1, 2, -100, 39, 0, 5, 6, -100, 8, 9, 10])
     nll = linear_cross_entropy(x, labels, weight, weight.detach())
