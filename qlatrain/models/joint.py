@@ -36,15 +36,29 @@ class Joint:
             self.cast, self._seen = None, ()
             return
         weights = self.weights()
-        seen = tuple((weight.data_ptr(), weight._version) for weight in weights)
         if self.cast is None or self.cast.dtype != dtype or self.cast.device != weights[0].device:
             rows = sum(weight.shape[0] for weight in weights)
             self.cast = weights[0].new_zeros(-(-rows // ALIGNED) * ALIGNED, weights[0].shape[1], dtype=dtype)
             self._seen = ()
-        if seen != self._seen:
+        if not self.is_fresh():
             with torch.no_grad():
                 torch._foreach_copy_(list(self._parts(self.cast, 0)), list(weights))
-            self._seen = seen
+            self.accept()
+
+    def is_fresh(self) -> bool:
+        """Whether there is a cast, of the weights as they are now."""
+        return self.cast is not None and self._seen == self._state()
+
+    def accept(self) -> None:
+        """Takes the cast for one of the weights as they are now: whoever changed them has changed it too."""
+        self._seen = self._state()
+
+    def part(self, i: int) -> torch.Tensor | None:
+        """The cast of a weight, a view; None where there is none."""
+        return None if self.cast is None else self._parts(self.cast, 0)[i]
+
+    def _state(self) -> tuple:
+        return tuple((weight.data_ptr(), weight._version) for weight in self.weights())
 
     @property
     def plain(self) -> bool:
@@ -76,6 +90,8 @@ class Joint:
 
 def _count_update(optimizer: torch.optim.Optimizer, *_) -> None:
     """torch's fused optimizers change weights without counting it in their versions, as everybody else does."""
+    if getattr(optimizer, "counts_updates", False):
+        return
     for group in optimizer.param_groups:
         increment_version([parameter for parameter in group["params"] if parameter.grad is not None])
 

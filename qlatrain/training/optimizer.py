@@ -1,10 +1,19 @@
 """Which parameter is updated by what, and one object that updates them all."""
 
+import logging
+from collections.abc import Sequence
+from functools import cache
+
 import torch
 from torch import Tensor, nn
 
+from qlakernels.backends import Call, refused_by_hopper
 from qlatrain.config import OptimConfig
+from qlatrain.models.joint import Joint
+from qlatrain.training.matrix_adamw import MatrixAdamW
 from qlatrain.training.muon import Muon
+
+logger = logging.getLogger(__name__)
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
@@ -17,25 +26,59 @@ def is_block_matrix(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim == 2 and ".layers." in f".{name}"
 
 
+def _refuses_own_kernel(matrices: list[nn.Parameter]) -> str | None:
+    """Why `MatrixAdamW` cannot update them; None where it can."""
+    if not matrices:
+        return "there are no matrices"
+    device = matrices[0].device
+    if reason := refused_by_hopper(Call(torch.device(device.type), torch.bfloat16, 0, 0)):
+        return reason
+    if any(p.dtype != torch.float32 or p.device != device or not p.is_contiguous() for p in matrices):
+        return "it takes contiguous float32 matrices on one device"
+    return None
+
+
+@cache
+def _say(line: str) -> None:
+    logger.info(line)
+
+
 class Optimizers:
     """AdamW for all parameters, or Muon for the matrices of the blocks and AdamW for the rest.
+
+    On a Hopper GPU our own kernel updates what AdamW has of matrices, and their casts with them; elsewhere, and the
+    rest, torch's fused AdamW. Which it is, is logged.
 
     Args:
         named_parameters: (name, parameter) of the bare model; names are those of its checkpoint.
         config: rates and decays.
+        joints: the casts of parameters in half precision.
     """
 
-    def __init__(self, named_parameters: list[tuple[str, nn.Parameter]], config: OptimConfig):
+    def __init__(
+        self, named_parameters: list[tuple[str, nn.Parameter]], config: OptimConfig, joints: Sequence[Joint] = ()
+    ):
         self.names = {parameter: name for name, parameter in named_parameters}
         muon = [p for n, p in named_parameters if config.name == "muon" and is_block_matrix(n, p)]
         taken = set(muon)
         rest = [(n, p) for n, p in named_parameters if p not in taken]
-        groups = [
-            {"params": [p for n, p in rest if decays(n, p)], "weight_decay": config.weight_decay},
-            {"params": [p for n, p in rest if not decays(n, p)], "weight_decay": 0.0},
-        ]
-        adamw = torch.optim.AdamW(groups, lr=config.lr, betas=tuple(config.betas), eps=config.eps, fused=True)
-        self.parts: list[torch.optim.Optimizer] = [adamw]
+        matrices = {"params": [p for n, p in rest if decays(n, p)], "weight_decay": config.weight_decay}
+        others = {"params": [p for n, p in rest if not decays(n, p)], "weight_decay": 0.0}
+        options = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps}
+        self._joints: list[Joint] = []
+        refusal = _refuses_own_kernel(matrices["params"])
+        if refusal is None:
+            updated = set(matrices["params"])
+            self._joints = [joint for joint in joints if joint.plain and updated.issuperset(joint.weights())]
+            places = {weight: (joint, i) for joint in self._joints for i, weight in enumerate(joint.weights())}
+            cast_of = lambda p: places[p][0].part(places[p][1]) if p in places else None  # noqa: E731
+            self.parts: list[torch.optim.Optimizer] = [MatrixAdamW([matrices], **options, cast_of=cast_of)]
+            if others["params"]:
+                self.parts.append(torch.optim.AdamW([others], **options, fused=True))
+            _say("optimizer: AdamW by our own kernel for matrices, by torch's fused one for the rest")
+        else:
+            self.parts = [torch.optim.AdamW([matrices, others], **options, fused=True)]
+            _say(f"optimizer: torch's fused AdamW (not our own kernel: {refusal})")
         if muon:
             self.parts.append(Muon(muon, config.muon_lr, config.muon_momentum, config.muon_weight_decay))
         self.peaks = [[group["lr"] for group in part.param_groups] for part in self.parts]
@@ -54,9 +97,12 @@ class Optimizers:
             for group, peak in zip(part.param_groups, peaks, strict=True):
                 group["lr"] = peak * factor
             part.found_inf = skip.float()
+            fresh = [joint for joint in self._joints if joint.is_fresh()] if type(part) is MatrixAdamW else []
             if gradient_factor is not None:  # as torch's fused optimizers take it: they divide
                 part.grad_scale = 1 / gradient_factor.float()
             part.step()
+            for joint in fresh:
+                joint.accept()  # updated along with its weights
 
     def zero_grad(self) -> None:
         for part in self.parts:
@@ -79,7 +125,8 @@ class Optimizers:
         """
         parameters = {name: parameter for parameter, name in self.names.items()}
         owner = {p: part for part in self.parts for group in part.param_groups for p in group["params"]}
-        expected = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, Muon: {"momentum_buffer"}}
+        adamw = {"step", "exp_avg", "exp_avg_sq"}
+        expected = {torch.optim.AdamW: adamw, MatrixAdamW: adamw, Muon: {"momentum_buffer"}}
         found: dict[str, set[str]] = {}
         for key in state:
             name, kind = key.rsplit("/", 1)

@@ -100,7 +100,13 @@ class TrainStep:
                 block.compile(fullgraph=whole)
         prepared = layout.prepare(model)
         trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-        return cls(prepared, Optimizers(trained, optim), layout, train.max_grad_norm, count_flops)
+        return cls(
+            prepared,
+            Optimizers(trained, optim, [*model.model.joints, model.joint_head]),
+            layout,
+            train.max_grad_norm,
+            count_flops,
+        )
 
     def __call__(self, batches: Sequence, lr_factor: float, stop_requested: bool) -> PendingResult:
         """`batches`: this process's micro-batches (`PackedBatch`) of the step, on any device."""
