@@ -87,7 +87,8 @@ class MatrixAdamW(torch.optim.Optimizer):
         device = updated[0].device
         skip = self._number(self.found_inf, 0.0, device)
         factor = self._number(self.grad_scale, 1.0, device).reciprocal()
-        torch._foreach_add_([self._state_of(p)["step"] for p in updated], 1 - skip)
+        taken = 1 - skip
+        torch._foreach_add_([self._state_of(p)["step"] for p in updated], [taken] * len(updated))  # one is waited for
         for group in self.param_groups:
             settings = [group[name] for name in ("lr", "betas", "eps", "weight_decay")]
             for p in group["params"]:

@@ -34,6 +34,14 @@ def outputs(inputs, heads, backend, **options):
     return out, torch.autograd.grad(out, inputs, dout)
 
 
+def terms_of(name, exact, d_joint, heads):
+    """What the gradient of a parameter of the decay is the sum of, [B, T, Hv]."""
+    part = slice(*heads.joint[1:3])
+    y = exact[0].detach()[..., part] + exact[3].detach()
+    da = d_joint[..., part]
+    return da if name == "dt_bias" else da * torch.nn.functional.softplus(y) / y.sigmoid()
+
+
 def error(got, right):
     return ((got.double() - right).norm() / right.norm()).item()
 
@@ -57,8 +65,13 @@ def test_against_float64(heads, padding, packed, neg):
     apart, theirs = outputs(inputs, heads, "torch", **options)  # its operators take the kernels each by itself
     assert error(got, expected) < 1.2 * error(apart, expected) + SLACK < 0.02
     for name, mine, other, right, given in zip(NAMES, ours, theirs, gradients, inputs, strict=True):
-        assert error(mine, right) < 1.2 * error(other, right) + SLACK < 0.15, name
         assert mine.dtype == given.dtype
+        if name in ("A_log", "dt_bias"):  # sums over tokens, of which little may be left
+            terms = terms_of(name, exact, gradients[0], heads)
+            torch.testing.assert_close(terms.sum((0, 1)), right, rtol=1e-5, atol=1e-6)
+            assert ((mine - right).abs() < 0.05 * terms.norm(dim=1).norm(dim=0)).all(), name
+        else:
+            assert error(mine, right) < 1.2 * error(other, right) + SLACK < 0.02, name
     assert not padding or ours[0][..., -padding:].abs().sum() == 0
     again, once_more = outputs(inputs, heads, "tilelang", **options)
     assert torch.equal(again, got) and all(map(torch.equal, once_more, ours))
