@@ -40,10 +40,11 @@ FAMILIES = {
 # library's by the operator, ours, FlashQLA's, FLA's.
 _NAMES = {
     "communication": r"nccl|^c10d|^_c10d|^gloo:",
-    "optimizer": r"^optimizer$|^Optimizer\.step#|multi_tensor_apply|_foreach_|fused_?adam",
-    "norms_and_elementwise": r"^triton_(?!tem_)[a-z]{3}_",  # torch.compile's, with the names of all they fuse
+    "optimizer": r"^optimizer$|^Optimizer\.step#|multi_tensor_apply|_foreach_|fused_?adam|^adamw_update",
+    # torch.compile's, with the names of all they fuse, and ours
+    "norms_and_elementwise": r"^triton_(?!tem_)[a-z]{3}_|^(?:short_conv|gated_norm|swiglu)_(?:for|back)ward_kernel",
     "gdn": (
-        r"gated_?delta|delta_rule|gdn_gate"
+        r"gated_?delta(?!_?net)|delta_rule|gdn_gate"  # the whole mixer is a name for what its parts launch
         r"|^(?:boundaries|decay|reach|prepare|segments|stitch|forward|reverse|gradients|gate_gradients)_kernel(?:_\d+)?$"
         r"|^tilelang_"
         r"|chunk_(?:fwd|bwd)_kernel|(?:local|global)_cumsum|recompute_w_u|prepare_wy_repr|solve_tril|merge_16x16"

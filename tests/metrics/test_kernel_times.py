@@ -53,6 +53,7 @@ NAMES = {
         "aten::_scaled_mm",
     ],
     "optimizer": [
+        "adamw_update_kernel",
         "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<at::native::TensorListMetadata<2>>",
         "aten::_foreach_lerp",
         "aten::_fused_adamw_",
@@ -60,8 +61,15 @@ NAMES = {
         "optimizer",
     ],
     "communication": ["ncclDevKernel_AllReduce_Sum_bf16_RING_LL(ncclDevKernelArgsStorage<4096>)", "c10d::allreduce_"],
-    "norms_and_elementwise": ["triton_red_fused__fused_rms_norm_mm_flash_attention_7", "triton_poi_fused_cumsum_0"],
+    "norms_and_elementwise": [
+        "triton_red_fused__fused_rms_norm_mm_flash_attention_7",
+        "triton_poi_fused_cumsum_0",
+        "short_conv_forward_kernel",
+        "gated_norm_backward_kernel",
+        "swiglu_forward_kernel",
+    ],
     None: [
+        "qlakernels::gated_delta_net_backward",
         "void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>, std::array<char*, 3ul>>",
         "void at::native::(anonymous namespace)::vectorized_layer_norm_kernel<float, float, true>",
         "Memcpy HtoD (Pinned -> Device)",

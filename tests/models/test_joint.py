@@ -168,3 +168,22 @@ def test_a_model_with_casts(architecture, monkeypatch):
     assert set(model.state_dict()) == names
     monkeypatch.setattr(hybrid, "cast_dtype", lambda device_type: torch.bfloat16)
     assert model(ids, labels=labels).item() == pytest.approx(expected.item(), rel=0.02)
+
+
+def test_who_updates_the_casts_as_well():
+    """A cast is taken as it is after an update that wrote it; a weight that somebody else changes is cast anew."""
+    two = Two()
+    two.joint.refresh(torch.bfloat16)
+    assert two.joint.is_fresh() and two.joint.part(1).data_ptr() == two.joint.cast[12:].data_ptr()
+    with torch.no_grad():
+        two.a.weight.add_(1)
+        two.joint.part(0).copy_(two.a.weight)
+    assert not two.joint.is_fresh()
+    two.joint.accept()
+    version = two.joint.cast._version
+    two.joint.refresh(torch.bfloat16)
+    assert two.joint.cast._version == version and torch.equal(two.joint.cast[:12], two.a.weight.bfloat16())
+    with torch.no_grad():
+        two.b.weight.zero_()
+    two.joint.refresh(torch.bfloat16)
+    assert two.joint.cast[12:].abs().sum() == 0

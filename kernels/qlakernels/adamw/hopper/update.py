@@ -28,7 +28,7 @@ def update_kernel(cast):
     size = T.dynamic("size", "int64")
 
     @T.prim_func
-    def update(
+    def adamw_update(
         p: T.Tensor((size,), "float32"),
         m: T.Tensor((size,), "float32"),
         v: T.Tensor((size,), "float32"),
@@ -89,7 +89,7 @@ def update_kernel(cast):
                         if with_cast:
                             casts[whole * PIECE + k] = T.cast(ps[0, 0], cast_dtype)
 
-    return update
+    return adamw_update
 
 
 @T.macro

@@ -36,7 +36,7 @@ def backward_kernel(dim, dtype, weight_dtype, with_output):
     blocks = T.dynamic("blocks")
 
     @T.prim_func
-    def backward(
+    def gated_norm_backward(
         dy: T.Tensor((dy_size,), dtype),
         x: T.Tensor((x_size,), dtype),
         gate: T.Tensor((gate_size,), dtype),
@@ -130,7 +130,7 @@ def backward_kernel(dim, dtype, weight_dtype, with_output):
                         c[0] += parts[part, k * THREADS + thread]
                     sums[block, k * THREADS + thread] = c[0]
 
-    return backward
+    return gated_norm_backward
 
 
 def slope(g, sigmoid_of_g):

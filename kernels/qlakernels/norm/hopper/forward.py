@@ -25,7 +25,7 @@ def forward_kernel(dim, dtype, weight_dtype):
     x_size, gate_size, y_size = (T.dynamic(name, "int64") for name in ("x_size", "gate_size", "y_size"))
 
     @T.prim_func
-    def forward(
+    def gated_norm_forward(
         x: T.Tensor((x_size,), dtype),
         gate: T.Tensor((gate_size,), dtype),
         weight: T.Tensor((dim,), weight_dtype),
@@ -80,4 +80,4 @@ def forward_kernel(dim, dtype, weight_dtype):
                     if token < last:
                         store_piece(values, out, y, place_of(token, y_step, column))
 
-    return forward
+    return gated_norm_forward

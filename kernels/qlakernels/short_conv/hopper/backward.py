@@ -35,7 +35,7 @@ def backward_kernel(width, dtype, weight_dtype, position_dtype, silu):
     positioned, groups, stretches = T.dynamic("positioned"), T.dynamic("groups"), T.dynamic("stretches")
 
     @T.prim_func
-    def backward(
+    def short_conv_backward(
         dy: T.Tensor((dy_size,), dtype),
         x: T.Tensor((x_size,), dtype),
         weight: T.Tensor((groups, C * width), weight_dtype),
@@ -126,7 +126,7 @@ def backward_kernel(width, dtype, weight_dtype, position_dtype, silu):
                     for j in T.vectorized(C):
                         sums[number, group, i * C + j] = dw_row[i * C + j]
 
-    return backward
+    return short_conv_backward
 
 
 def slope(p, sigmoid_of_p):

@@ -27,7 +27,7 @@ def forward_kernel(width, dtype, weight_dtype, position_dtype, silu):
     groups = T.dynamic("groups")
 
     @T.prim_func
-    def forward(
+    def short_conv_forward(
         x: T.Tensor((x_size,), dtype),
         weight: T.Tensor((groups, C * width), weight_dtype),
         positions: T.Tensor((positioned,), position_dtype),
@@ -76,4 +76,4 @@ def forward_kernel(width, dtype, weight_dtype, position_dtype, silu):
                                 y[y_at[0] * C + j] = out[j]
                             y_at[0] += groups
 
-    return forward
+    return short_conv_forward

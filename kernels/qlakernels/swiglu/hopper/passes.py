@@ -39,7 +39,7 @@ def forward_kernel(dtype):
     in_size, out_size = T.dynamic("in_size", "int64"), T.dynamic("out_size", "int64")
 
     @T.prim_func
-    def forward(
+    def swiglu_forward(
         together: T.Tensor((in_size,), dtype), y: T.Tensor((out_size,), dtype), tokens: T.int32, pieces: T.int32
     ):
         with T.Kernel(T.ceildiv(T.ceildiv(tokens, ROWS) * pieces, THREADS), threads=THREADS) as block:
@@ -62,14 +62,14 @@ def forward_kernel(dtype):
                         values[j] = values[j] * T.cast(ups[i, j], "float32")
                     store_piece(values, out, y, place_of(first + i, pieces, column))
 
-    return forward
+    return swiglu_forward
 
 
 def backward_kernel(dtype):
     in_size, out_size = T.dynamic("in_size", "int64"), T.dynamic("out_size", "int64")
 
     @T.prim_func
-    def backward(
+    def swiglu_backward(
         dy: T.Tensor((out_size,), dtype),
         together: T.Tensor((in_size,), dtype),
         d_together: T.Tensor((in_size,), dtype),
@@ -107,4 +107,4 @@ def backward_kernel(dtype):
                         values[j] = T.cast(dys[i, j], "float32") * silu[j]
                     store_piece(values, out, d_together, place_of(first + i, 2 * pieces, pieces + column))
 
-    return backward
+    return swiglu_backward
