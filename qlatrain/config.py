@@ -145,6 +145,7 @@ class StepConfig:
     max_grad_norm: float = 1.0
     compile: bool = False  # torch.compile each block
     activation_checkpointing: bool = False  # keep only block inputs, recompute the rest in the backward
+    recompute_mlp: bool = False  # keep the inputs of MLPs, recompute their first products: 4 F bytes a token and layer
 
 
 @dataclass

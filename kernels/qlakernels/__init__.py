@@ -7,6 +7,15 @@ gated delta rule; which implementation runs is decided in `backends` and said on
 from qlakernels.gated_delta_net import gated_delta_net
 from qlakernels.gated_delta_rule import chunk_gated_delta_rule
 from qlakernels.norm import rms_norm_gated
-from qlakernels.short_conv import causal_conv1d
+from qlakernels.short_conv import causal_conv1d, causal_conv1d_update, conv_state_of
+from qlakernels.swiglu import swiglu
 
-__all__ = ["causal_conv1d", "chunk_gated_delta_rule", "gated_delta_net", "rms_norm_gated"]
+__all__ = [
+    "causal_conv1d",
+    "causal_conv1d_update",
+    "chunk_gated_delta_rule",
+    "conv_state_of",
+    "gated_delta_net",
+    "rms_norm_gated",
+    "swiglu",
+]

@@ -3,6 +3,7 @@
 import torch
 
 _library = torch.library.Library("qlakernels", "FRAGMENT")
+_library.define("product_again(Tensor x, Tensor weight) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
 _library.define("weight_gradient(Tensor dy, Tensor x, ScalarType dtype) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
 
 
@@ -12,6 +13,11 @@ def weight_gradient(dy: torch.Tensor, x: torch.Tensor, dtype: torch.dtype) -> to
     From half precision to float32 nothing is rounded on a GPU: the tensor cores' sums are stored as they are.
     """
     return torch.ops.qlakernels.weight_gradient(dy, x, dtype)
+
+
+def product_again(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x weightᵀ, for a backward that makes it anew: a trace of both directions would keep what it finds in it twice."""
+    return torch.ops.qlakernels.product_again(x, weight)
 
 
 def add_weight_gradient(total: torch.Tensor, dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -28,6 +34,10 @@ def _weight_gradient(dy, x, dtype):
 
 
 _library.impl("weight_gradient", _weight_gradient, "CompositeExplicitAutograd")
+_library.impl("product_again", lambda x, weight: torch.matmul(x, weight.t()), "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "qlakernels::product_again", lambda x, weight: x.new_empty(*x.shape[:-1], weight.shape[0]), lib=_library
+)
 torch.library.register_fake(
     "qlakernels::weight_gradient",
     lambda dy, x, dtype: dy.new_empty(dy.shape[1], x.shape[1], dtype=dtype),

@@ -46,7 +46,11 @@ class StepReport:
             "step", f"{job.model.name}, {job.shape} = {job.batch_shape.all_tokens:,} tokens, {job.optim.name}"
         )
         settings = [f"mixed precision {train.mixed_precision}"]
-        settings += ["compiled"] * train.compile + ["activation checkpointing"] * train.activation_checkpointing
+        settings += (
+            ["compiled"] * train.compile
+            + ["activation checkpointing"] * train.activation_checkpointing
+            + ["MLPs recomputed"] * train.recompute_mlp
+        )
         facts.add_row("settings", ", ".join(settings))
         facts.add_row("steps", f"{job.warmup} warm-up, {job.steps} timed, {job.profiled_steps} profiled")
         console.print(facts)

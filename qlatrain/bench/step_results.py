@@ -34,6 +34,7 @@ class StepRow:
     mixed_precision: str
     compiled: bool
     activation_checkpointing: bool
+    recompute_mlp: bool
     optimizer: str
     status: str = "ok"
     reason: str = ""
@@ -74,6 +75,7 @@ class StepRow:
             train.mixed_precision,
             train.compile and job.name == OURS,
             train.activation_checkpointing,
+            train.recompute_mlp and job.name == OURS,
             job.optim.name,
             **rest,
         )

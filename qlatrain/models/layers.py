@@ -6,6 +6,7 @@ Shape suffixes: B batch (1 when packed), T tokens, D hidden, H heads, K key dime
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from qlakernels import causal_conv1d, chunk_gated_delta_rule, gated_delta_net, rms_norm_gated
 from qlakernels.backends import select
@@ -233,6 +234,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
         self.joint_in = Joint(self, "gate_proj", "up_proj")
         self.joint_out = Joint(self, "down_proj")
+        self.keep_products = True  # for the backward; else they are made anew
 
     def decide(self, x_BTD: torch.Tensor) -> None:
         """As that of a mixer."""
@@ -244,7 +246,13 @@ class MLP(nn.Module):
         if self.joint_in.cast is not None and self.joint_out.cast is not None:
             cast, down_cast = self.joint_in.unpadded, self.joint_out.unpadded
             (down_weight,) = self.joint_out.weights()
-            return swiglu_mlp(x_BTD.to(cast.dtype), self.joint_in.weights(), cast, down_weight, down_cast)
+            weights = self.joint_in.weights()
+            return swiglu_mlp(x_BTD.to(cast.dtype), weights, cast, down_weight, down_cast, self.keep_products)
+        if not self.keep_products and torch.is_grad_enabled():
+            return checkpoint(self._apart, x_BTD, use_reentrant=False)
+        return self._apart(x_BTD)
+
+    def _apart(self, x_BTD: torch.Tensor) -> torch.Tensor:
         gate_BTF, up_BTF = self.joint_in.apart(x_BTD)
         (out_BTD,) = self.joint_out.apart(F.silu(gate_BTF) * up_BTF)
         return out_BTD

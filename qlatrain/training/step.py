@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Self
 
 import torch
+import torch._functorch.config as functorch
 from torch import Tensor, nn
 
 from qlakernels.ranges import named_range
@@ -92,9 +93,11 @@ class TrainStep:
         """The step of a bare model: laid out, compiled and checkpointed as asked, with the optimizers of what asks for
         gradients."""
         model.model.activation_checkpointing = train.activation_checkpointing
+        for mlp in model.model.mlps:
+            mlp.keep_products = not train.recompute_mlp
         if train.compile:
             # what is put together elementwise from tensors that are kept is made again in the backward
-            torch._functorch.config.ban_recompute_materialized_backward = False
+            functorch.ban_recompute_materialized_backward = False
             whole = model.traced_whole(layout.device.type, train.mixed_precision)
             for block in model.model.layers:
                 block.compile(fullgraph=whole)

@@ -30,11 +30,12 @@ def test_values_and_gradients():
     torch.testing.assert_close(*(torch.autograd.grad(out, together, dy)[0] for out in (y, expected)))
 
 
+@pytest.mark.parametrize("keep_products", [True, False])
 @pytest.mark.parametrize("frozen", [(), (0,), (1, 2), (3,)])
-def test_an_mlp(frozen):
+def test_an_mlp(frozen, keep_products):
     inputs = [draw(2, 5, 12), draw(16, 12, seed=1), draw(16, 12, seed=2), draw(10, 16, seed=3)]
     x, gate, up, down = (t.requires_grad_(i not in frozen) for i, t in enumerate(inputs))
-    y = swiglu_mlp(x, (gate, up), torch.cat([gate, up]).detach(), down, down.detach())
+    y = swiglu_mlp(x, (gate, up), torch.cat([gate, up]).detach(), down, down.detach(), keep_products)
     expected = F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
     wanted = [t for t in inputs if t.requires_grad]

@@ -224,6 +224,24 @@ def test_activation_checkpointing_changes_no_bit():
     assert len(calls) == 12
 
 
+@pytest.mark.parametrize("cast", [None, torch.float32])
+def test_mlps_made_anew_change_no_bit(cast, monkeypatch):
+    monkeypatch.setattr(hybrid, "cast_dtype", lambda device_type: cast)
+    model = small_model(num_hidden_layers=4)
+    loss, expected = loss_and_gradients(model)
+    kept, sizes = [], []
+    for keep_products in (True, False):
+        for mlp in model.model.mlps:
+            mlp.keep_products = keep_products
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+            again, got = loss_and_gradients(model)
+        sizes.append(sum(kept))
+        kept.clear()
+        assert again == loss
+        assert all(torch.equal(x, expected[name]) for name, x in got.items())
+    assert sizes[1] <= sizes[0] - 4 * 100 * 2 * model.config.intermediate_size
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention_says_which_kernel_runs_once(caplog, dtype):
     say.cache_clear()

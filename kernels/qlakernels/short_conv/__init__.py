@@ -1,5 +1,5 @@
-"""The short causal depthwise convolution in front of the gated delta rule."""
+"""The short causal convolution in front of the gated delta rule."""
 
-from qlakernels.short_conv.api import causal_conv1d
+from qlakernels.short_conv.api import causal_conv1d, causal_conv1d_update, conv_state_of
 
-__all__ = ["causal_conv1d"]
+__all__ = ["causal_conv1d", "causal_conv1d_update", "conv_state_of"]

@@ -7,6 +7,7 @@ from qlakernels.backends import Backend, Call, refused_by_hopper, register, sele
 from qlakernels.checks import check_cu_seqlens
 
 OPERATOR = "causal_conv1d"
+UPDATE = "causal_conv1d_update"
 
 
 def causal_conv1d(
@@ -45,6 +46,53 @@ def causal_conv1d(
         raise ValueError(f"position_ids has shape {list(position_ids.shape)}: give [B, T] = {list(x.shape[:2])}")
     call = Call(torch.device(x.device.type), x.dtype, x.shape[-1], x.shape[-1], width=weight.shape[1])
     return select(OPERATOR, backend, call).run(x, weight, position_ids, activation)
+
+
+def causal_conv1d_update(
+    x: torch.Tensor,
+    conv_state: torch.Tensor,
+    weight: torch.Tensor,
+    activation: str | None = "silu",
+    backend: str = "auto",
+) -> torch.Tensor:
+    """The next token of `causal_conv1d`, for decoding: moves the state on by one and convolves it. No gradients.
+
+    Args:
+        x: [B, D], a token of each sequence.
+        conv_state: [B, D, W] in x's dtype, contiguous, the last W tokens, the latest last, as `conv_state_of` gives
+            them and as transformers caches them; changed in place.
+        weight: [D, W].
+        activation: "silu" or None.
+        backend: auto, tilelang (Hopper GPUs, W 2 to 4 and D a multiple of 8) or torch.
+
+    Returns:
+        [B, D] in x's dtype.
+
+    Raises:
+        ValueError: naming the argument that does not fit.
+    """
+    if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[0]:
+        raise ValueError(f"x has shape {list(x.shape)}, weight {list(weight.shape)}: give [B, D] and [D, W]")
+    if conv_state.shape != (*x.shape, weight.shape[1]) or conv_state.dtype != x.dtype:
+        raise ValueError(
+            f"conv_state is {conv_state.dtype} of shape {list(conv_state.shape)}: "
+            f"give [B, D, W] = {[*x.shape, weight.shape[1]]} in {x.dtype}"
+        )
+    if not conv_state.is_contiguous():
+        raise ValueError(
+            f"conv_state has strides {list(conv_state.stride())}: it is changed in place, make it contiguous"
+        )
+    if activation not in ("silu", None):
+        raise ValueError(f"activation={activation!r}: give 'silu' or None")
+    call = Call(torch.device(x.device.type), x.dtype, x.shape[-1], x.shape[-1], width=weight.shape[1])
+    with torch.no_grad():
+        return select(UPDATE, backend, call).run(x, conv_state, weight, activation)
+
+
+def conv_state_of(x: torch.Tensor, width: int) -> torch.Tensor:
+    """[B, D, W]: the last W tokens of x [B, T, D], zeros where there are fewer, for `causal_conv1d_update`."""
+    last = x[:, -width:].transpose(1, 2)
+    return F.pad(last, (width - last.shape[2], 0)).contiguous()
 
 
 def positions_in_documents(cu_seqlens: torch.Tensor, tokens: int) -> torch.Tensor:
@@ -89,3 +137,21 @@ def _run_tilelang(x, weight, position_ids, activation):
 
 register(OPERATOR, Backend("tilelang", refuses_tilelang, _run_tilelang))
 register(OPERATOR, Backend("torch", lambda call: None, _run_torch))
+
+
+def _update_torch(x, conv_state, weight, activation):
+    conv_state.copy_(torch.cat([conv_state[..., 1:], x[..., None]], dim=-1))
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    y = (conv_state.to(dtype) * weight.to(dtype)).sum(-1)
+    return (F.silu(y) if activation == "silu" else y).to(x.dtype)
+
+
+def _update_tilelang(x, conv_state, weight, activation):
+    from qlakernels.short_conv.hopper.operator import update
+
+    return update(x, conv_state, weight, activation)
+
+
+UNCONFIRMED = "no GPU has confirmed this kernel yet, it runs with backend='tilelang'"
+register(UPDATE, Backend("tilelang", refuses_tilelang, _update_tilelang, passed_over=UNCONFIRMED))
+register(UPDATE, Backend("torch", lambda call: None, _update_torch))

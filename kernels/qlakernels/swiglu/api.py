@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from qlakernels.backends import Backend, Call, refused_by_hopper, register, select
-from qlakernels.products import weight_gradient
+from qlakernels.products import product_again, weight_gradient
 
 OPERATOR = "swiglu"
 
@@ -52,6 +52,7 @@ def swiglu_mlp(
     cast: torch.Tensor,
     down_weight: torch.Tensor,
     down_cast: torch.Tensor,
+    keep_products: bool = True,
 ) -> torch.Tensor:
     """(SiLU(x W_gateᵀ) ∘ (x W_upᵀ)) W_downᵀ (Shazeer 2020), which keeps x and both products; what lies between them
     and the last product is made anew in the backward, in the pass that makes the gradients.
@@ -60,18 +61,19 @@ def swiglu_mlp(
         x: [..., D].
         weights: gate and up, [F, D] each; with down_weight, [D_out, F], they get the gradients, in their own dtypes.
         cast: [2 F, D], gate above up, and down_cast [D_out, F], in x's dtype; they are what is multiplied with.
+        keep_products: without, the first two products are made anew as well, and x alone is kept.
 
     Returns:
         [..., D_out].
     """
-    return _SwigluMLP.apply(x, cast, down_cast, *weights, down_weight)
+    return _SwigluMLP.apply(x, cast, down_cast, *weights, down_weight, keep_products)
 
 
 class _SwigluMLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, cast, down_cast, gate_weight, up_weight, down_weight):
+    def forward(ctx, x, cast, down_cast, gate_weight, up_weight, down_weight, keep_products):
         together = torch.matmul(x, cast.t())
-        ctx.save_for_backward(x, together, cast, down_cast)
+        ctx.save_for_backward(x, together if keep_products else None, cast, down_cast)
         ctx.dtypes = [weight.dtype for weight in (gate_weight, up_weight, down_weight)]
         between = select(OPERATOR, "auto", call_of(together)).run.forward(together)
         return torch.matmul(between, down_cast.t())
@@ -79,6 +81,8 @@ class _SwigluMLP(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         x, together, cast, down_cast = ctx.saved_tensors
+        if together is None:
+            together = product_again(x, cast)
         d_together, between = gradients(torch.matmul(dy, down_cast), together)
         dx = torch.matmul(d_together, cast) if ctx.needs_input_grad[0] else None
         d_gate_weight = d_up_weight = d_down_weight = None
@@ -88,7 +92,7 @@ class _SwigluMLP(torch.autograd.Function):
             d_up_weight = d_up_weight.to(ctx.dtypes[1])
         if ctx.needs_input_grad[5]:
             d_down_weight = weight_gradient(dy.flatten(0, -2), between.flatten(0, -2), ctx.dtypes[2])
-        return dx, None, None, d_gate_weight, d_up_weight, d_down_weight
+        return dx, None, None, d_gate_weight, d_up_weight, d_down_weight, None
 
 
 class _Torch:

@@ -9,6 +9,7 @@ PASS_CONFIGS = {
 MAKERS = {
     "short_conv_forward": "forward.forward_kernel",
     "short_conv_backward": "backward.backward_kernel",
+    "short_conv_update": "update.update_kernel",
 }
 
 add_kernels(__name__, MAKERS, pass_configs=dict.fromkeys(MAKERS, PASS_CONFIGS), host=("operator",))
@@ -19,3 +20,8 @@ def specialisations(width: int, dtype: str, weight_dtype: str, position_dtype: s
     options = width, dtype, weight_dtype, position_dtype, silu
     directions = ("forward", "backward") if keep else ("forward",)
     return {name: (f"short_conv_{name}", *options) for name in directions}
+
+
+def update_specialisation(width: int, dtype: str, weight_dtype: str, silu: bool) -> tuple:
+    """What a token of a decoder needs."""
+    return "short_conv_update", width, dtype, weight_dtype, silu

@@ -7,9 +7,9 @@ from functools import cache
 
 import torch
 
-from qlakernels.compiled import launchers
-from qlakernels.short_conv.hopper.kernels import specialisations
-from qlakernels.short_conv.hopper.sizes import BLOCKS, CHANNELS, THREADS
+from qlakernels.compiled import launcher, launchers
+from qlakernels.short_conv.hopper.kernels import specialisations, update_specialisation
+from qlakernels.short_conv.hopper.sizes import BLOCKS, CHANNELS, THREADS, UPDATED
 
 # Tokens of a thread. Longer ones read less twice and leave fewer sums, shorter ones are more threads.
 STRETCH = {"forward": 32, "backward": 128}
@@ -26,7 +26,7 @@ def run(x, weight, position_ids, activation):
 
 @cache
 def _launchers(width, dtype, weight_dtype, position_dtype, silu, keep):
-    dtypes = (str(x).removeprefix("torch.") for x in (dtype, weight_dtype, position_dtype))
+    dtypes = map(_name, (dtype, weight_dtype, position_dtype))
     return launchers(specialisations(width, *dtypes, silu, keep))
 
 
@@ -123,6 +123,31 @@ def _backward(dy, x, weight, position_ids, silu):
     """dx in x's dtype; dweight in the weight's."""
     dx = x.new_empty(x.shape)
     return dx, launch_backward(dy, x, weight, position_ids, silu, dx).to(weight.dtype)
+
+
+@cache
+def _update_launcher(width, dtype, weight_dtype, silu):
+    return launcher(update_specialisation(width, _name(dtype), _name(weight_dtype), silu))
+
+
+def update(x, state, weight, activation):
+    """As `causal_conv1d_update`, x [B, D] with D a multiple of 8, state contiguous."""
+    (rows, channels), width = x.shape, weight.shape[1]
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if rows:
+        weight = weight if weight.dtype in (torch.float32, x.dtype) else weight.float()
+        groups = channels // UPDATED
+        _update_launcher(width, x.dtype, weight.dtype, activation == "silu")(
+            x.contiguous().view(rows, groups, -1),
+            state.view(rows, groups, -1),
+            weight.contiguous().view(groups, -1),
+            y.view(rows, groups, -1),
+        )
+    return y
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 _library = torch.library.Library("qlakernels", "FRAGMENT")
