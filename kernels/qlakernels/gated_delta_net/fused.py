@@ -87,23 +87,16 @@ def _backward(
     del y
     q, k, _ = _convolve(joint, conv_weight, position_ids, heads, True)
     first_states = states.new_empty(0, heads.value_heads, heads.value_dim, heads.key_dim)
-    *dqkv_parts, da_, db_, d_parameters, _ = rule._backward(
+    together = joint.new_empty(joint.shape[0] * joint.shape[1] * heads.convolved)
+    *_, da_, db_, d_parameters, _ = rule._backward(
         q, k, a, b, W, states, first_states, do, None, cu, order, A_log, dt_bias, False, heads.key_dim**-0.5,
-        *IN_OPERATOR, neg,
+        *IN_OPERATOR, neg, together,
     )  # fmt: skip
     da.copy_(da_)
     db.copy_(db_)
-    filters, start = [], 0
-    for gradient in dqkv_parts:
-        gradient = gradient.flatten(-2)
-        part = slice(start, start + gradient.shape[-1])
-        filters.append(
-            convolution.launch_backward(
-                gradient, joint[..., part], conv_weight[part], position_ids, True, dqkv[..., part]
-            )
-        )
-        start = part.stop
-    return djoint, torch.cat(filters), d_parameters, d_norm_weight, d_out_weight
+    x = joint[..., : heads.convolved]
+    d_conv_weight = convolution.launch_backward(together, x, conv_weight, position_ids, True, dqkv, heads.keys)
+    return djoint, d_conv_weight, d_parameters, d_norm_weight, d_out_weight
 
 
 def _backward_fake(

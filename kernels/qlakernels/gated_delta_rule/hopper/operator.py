@@ -376,8 +376,12 @@ def _backward(
     gate,
     sigmoid,
     neg,
+    into=None,
 ):
-    """Returns dq, dk, dv, dg, dbeta (of the raw inputs), those of A_log and dt_bias as one [2, Hv], d_initial_state."""
+    """Returns dq, dk, dv, dg, dbeta (of the raw inputs), those of A_log and dt_bias as one [2, Hv], d_initial_state.
+
+    into: where dq, dk and dv are to lie, one behind the other, B·T·(2·Hk·K + Hv·V) elements; by themselves if None.
+    """
     documents, shape = _documents(q, cu_seqlens), q.shape[:2]
     plan = _plan(q, cu_seqlens, *W.shape[1:])
     launch = _launchers(
@@ -393,7 +397,13 @@ def _backward(
     gates, norms = _gates_and_norms(q, slots, heads, groups)
     options, steps = (scale, 2.0 if neg else 1.0), _steps(documents)
     d_states = q.new_empty(slots, heads, value_dim, key_dim)
-    dv = torch.empty_like(W)
+    if into is None:
+        dq, dk = (torch.empty(tokens, groups, key_dim, dtype=q.dtype, device=q.device) for _ in range(2))
+        dv = torch.empty_like(W)
+    else:
+        of_keys = tokens * groups * key_dim
+        dq, dk, dv = into.split([of_keys, of_keys, W.numel()])
+        dq, dk, dv = dq.view(tokens, groups, key_dim), dk.view(tokens, groups, key_dim), dv.view(W.shape)
     d_initial_state = gates.new_empty(documents if with_initial_state else 0, heads, key_dim, value_dim)
     if d_final_state is None:
         d_final_state = gates.new_empty(0, heads, key_dim, value_dim)
@@ -424,7 +434,6 @@ def _backward(
         plan.section,
         steps,
     )
-    dq, dk = (torch.empty(tokens, groups, key_dim, dtype=q.dtype, device=q.device) for _ in range(2))
     dg, dbeta = (gates.new_empty(tokens, heads) for _ in range(2))
     with_first = first_states.numel() > 0
     workers = _multiprocessors(q.device)
