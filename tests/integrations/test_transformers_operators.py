@@ -98,4 +98,5 @@ def test_a_backend_is_taken_where_an_operator_has_it():
     assert operators.own_backend("rms_norm_gated", "torch") == "torch"
     assert operators.own_backend("rms_norm_gated", "flash_qla") == "auto"
     assert operators.own_backend("gated_delta_rule", "flash_qla") == "flash_qla"
-    assert operators.own_backend("causal_conv1d", "tilelang") == "auto"  # was asked for the gated delta rule
+    assert operators.own_backend("causal_conv1d", "tilelang") == "tilelang"
+    assert operators.own_backend("causal_conv1d_update", "tilelang") == "auto"  # which auto passes over
