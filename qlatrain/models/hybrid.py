@@ -103,12 +103,13 @@ class HybridForCausalLM(nn.Module):
         self.joint_head = Joint(self, "lm_head")
         self.tie_head()
 
-    def traced_whole(self, device_type: str, mixed_precision: str) -> bool:
-        """Whether blocks will be traced without a break: in half precision on a GPU, by our own kernels, with no
-        adapters."""
+    def traced_whole(self, device: torch.device, dtype: torch.dtype | None) -> bool:
+        """Whether blocks will be traced without a break: under autocast to this dtype on a GPU, with mixers of one
+        operator and no adapters."""
+        if device.type != "cuda" or dtype is None:
+            return False
         plain = all(joint.plain for joint in self.model.joints)
-        ours = all(mixer.backend in ("auto", "tilelang") for mixer in self.model.mixers)
-        return device_type == "cuda" and mixed_precision != "no" and plain and ours
+        return plain and all(mixer.is_one_operator(device, dtype) for mixer in self.model.mixers)
 
     def tie_head(self) -> None:
         """Makes the head the embedding itself where the config says so."""

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from qlakernels import causal_conv1d, chunk_gated_delta_rule, gated_delta_net, rms_norm_gated
 from qlakernels.backends import select
-from qlakernels.gated_delta_net.api import OPERATOR, Heads, call_of
+from qlakernels.gated_delta_net.api import OPERATOR, Heads, call_of, refuses_tilelang
 from qlakernels.swiglu import api as swiglu
 from qlakernels.swiglu import swiglu_mlp
 from qlatrain.config import ModelConfig
@@ -95,6 +95,12 @@ class DeltaRuleMixer(nn.Module):
         """Whether the whole mixer is one operator: where both projections are cast, and no other rule was asked for."""
         cast = self.joint_in.cast is not None and self.joint_out.cast is not None
         return cast and self.backend in ("auto", "tilelang")
+
+    def is_one_operator(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether it is where projections are cast to this dtype."""
+        call = call_of(torch.empty(0, dtype=dtype, device=device), self.conv1d.weight.shape[-1], self.heads)
+        plain = self.joint_in.plain and self.joint_out.plain
+        return plain and self.backend in ("auto", "tilelang") and refuses_tilelang(call) is None
 
     def decide(self, joint: torch.Tensor) -> None:
         """Has the choice of a backend made and said, which the trace of a compiled block could not; joint: any tensor

@@ -98,7 +98,8 @@ class TrainStep:
         if train.compile:
             # what is put together elementwise from tensors that are kept is made again in the backward
             functorch.ban_recompute_materialized_backward = False
-            whole = model.traced_whole(layout.device.type, train.mixed_precision)
+            dtype = torch.bfloat16 if train.mixed_precision == "bf16" else None
+            whole = model.traced_whole(layout.device, dtype)
             for block in model.model.layers:
                 block.compile(fullgraph=whole)
         prepared = layout.prepare(model)

@@ -11,12 +11,12 @@ import torch
 from qlakernels.backends import Backend, Call, register, select
 from qlakernels.checks import check_cu_seqlens
 from qlakernels.gated_delta_rule.api import chunk_gated_delta_rule
-from qlakernels.gated_delta_rule.api import refuses_tilelang as rule_refuses_tilelang
-from qlakernels.norm.api import refuses_tilelang as norm_refuses_tilelang
+from qlakernels.gated_delta_rule.api import refuses_tilelang as rulerefuses_tilelang
+from qlakernels.norm.api import refuses_tilelang as normrefuses_tilelang
 from qlakernels.norm.api import rms_norm_gated
 from qlakernels.products import product_with
 from qlakernels.short_conv.api import causal_conv1d
-from qlakernels.short_conv.api import refuses_tilelang as convolution_refuses_tilelang
+from qlakernels.short_conv.api import refuses_tilelang as convolutionrefuses_tilelang
 
 OPERATOR = "gated_delta_net"
 
@@ -151,10 +151,10 @@ def _run_torch(
     return product_with(y, (out_weight,), out_weight.to(y.dtype) if out_cast is None else out_cast)
 
 
-def _refuses_tilelang(call: Call) -> str | None:
+def refuses_tilelang(call: Call) -> str | None:
     """What any of its parts refuses."""
     channels = Call(call.device, call.dtype, 8, 8, width=call.width)  # of the convolution: heads are multiples of 8
-    return rule_refuses_tilelang(call) or convolution_refuses_tilelang(channels) or norm_refuses_tilelang(call)
+    return rulerefuses_tilelang(call) or convolutionrefuses_tilelang(channels) or normrefuses_tilelang(call)
 
 
 def _run_tilelang(*arguments):
@@ -163,5 +163,5 @@ def _run_tilelang(*arguments):
     return run(*arguments)
 
 
-register(OPERATOR, Backend("tilelang", _refuses_tilelang, _run_tilelang))
+register(OPERATOR, Backend("tilelang", refuses_tilelang, _run_tilelang))
 register(OPERATOR, Backend("torch", lambda call: None, _run_torch))
