@@ -2,9 +2,7 @@
 
 import torch
 
-_library = torch.library.Library("qlakernels", "FRAGMENT")
-_library.define("product_again(Tensor x, Tensor weight) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
-_library.define("weight_gradient(Tensor dy, Tensor x, ScalarType dtype) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
+from qlakernels.operators import define
 
 
 def weight_gradient(dy: torch.Tensor, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -12,12 +10,12 @@ def weight_gradient(dy: torch.Tensor, x: torch.Tensor, dtype: torch.dtype) -> to
 
     From half precision to float32 nothing is rounded on a GPU: the tensor cores' sums are stored as they are.
     """
-    return torch.ops.qlakernels.weight_gradient(dy, x, dtype)
+    return _weight_gradient_op(dy, x, dtype)
 
 
 def product_again(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x weightᵀ, for a backward that makes it anew: a trace of both directions would keep what it finds in it twice."""
-    return torch.ops.qlakernels.product_again(x, weight)
+    return _product_again_op(x, weight)
 
 
 def add_weight_gradient(total: torch.Tensor, dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -33,15 +31,15 @@ def _weight_gradient(dy, x, dtype):
     return torch.mm(dy.t(), x).to(dtype)
 
 
-_library.impl("weight_gradient", _weight_gradient, "CompositeExplicitAutograd")
-_library.impl("product_again", lambda x, weight: torch.matmul(x, weight.t()), "CompositeExplicitAutograd")
-torch.library.register_fake(
-    "qlakernels::product_again", lambda x, weight: x.new_empty(*x.shape[:-1], weight.shape[0]), lib=_library
-)
-torch.library.register_fake(
-    "qlakernels::weight_gradient",
+_weight_gradient_op = define(
+    "weight_gradient(Tensor dy, Tensor x, ScalarType dtype) -> Tensor",
+    _weight_gradient,
     lambda dy, x, dtype: dy.new_empty(dy.shape[1], x.shape[1], dtype=dtype),
-    lib=_library,
+)
+_product_again_op = define(
+    "product_again(Tensor x, Tensor weight) -> Tensor",
+    lambda x, weight: torch.matmul(x, weight.t()),
+    lambda x, weight: x.new_empty(*x.shape[:-1], weight.shape[0]),
 )
 
 

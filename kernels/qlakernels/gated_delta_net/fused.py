@@ -10,6 +10,7 @@ import torch
 from qlakernels.gated_delta_net.api import Heads
 from qlakernels.gated_delta_rule.hopper import operator as rule
 from qlakernels.norm.hopper import operator as norm
+from qlakernels.operators import below_autograd, define, differentiate, differentiate_no_further
 from qlakernels.products import weight_gradient
 from qlakernels.short_conv.hopper import operator as convolution
 
@@ -113,34 +114,28 @@ def _backward_fake(
     )
 
 
-_library = torch.library.Library("qlakernels", "FRAGMENT")
-_library.define(
+_forward_op = define(
     "gated_delta_net(Tensor joint, Tensor conv_weight, Tensor A_log, Tensor dt_bias, Tensor norm_weight, "
     "Tensor out_weight, Tensor out_cast, Tensor? position_ids, Tensor? cu_seqlens, int[] sizes, float eps, bool neg, "
     "bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
+    _forward,
+    _forward_fake,
 )
-_library.define(
+_backward_op = define(
     "gated_delta_net_backward(Tensor dout, Tensor joint, Tensor o, Tensor W, Tensor states, Tensor order, "
     "Tensor conv_weight, Tensor A_log, Tensor dt_bias, Tensor norm_weight, Tensor out_cast, Tensor? position_ids, "
     "Tensor? cu_seqlens, int[] sizes, float eps, bool neg, ScalarType out_dtype) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
+    _backward,
+    _backward_fake,
 )
-_forward_op = torch.ops.qlakernels.gated_delta_net.default
-_backward_op = torch.ops.qlakernels.gated_delta_net_backward.default
-
-
-def _below_autograd(op, keyset, *inputs):
-    with torch._C._AutoDispatchBelowAutograd():
-        return op.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
 
 
 class _GatedDeltaNet(torch.autograd.Function):
     @staticmethod
     def forward(ctx, keyset, *inputs):
         joint, *weights, out_weight, out_cast, position_ids, cu, sizes, eps, neg, _ = inputs
-        outputs = _below_autograd(_forward_op, keyset, *inputs)
+        outputs = below_autograd(_forward_op, keyset, *inputs)
         kept = outputs[1:]
         ctx.save_for_backward(joint, *kept, *weights, out_cast, position_ids, cu)
         ctx.mark_non_differentiable(*kept)
@@ -166,31 +161,10 @@ class _GatedDeltaNet(torch.autograd.Function):
         )
 
 
-class _OfGradients(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, keyset, *inputs):
-        return _below_autograd(_backward_op, keyset, *inputs)
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise NotImplementedError("the mixer of the tilelang backend has no second gradients")
-
-
 def _autograd(keyset, *inputs):
     """The last input says whether gradients are wanted."""
-    return _GatedDeltaNet.apply(keyset, *inputs) if inputs[-1] else _below_autograd(_forward_op, keyset, *inputs)
+    return _GatedDeltaNet.apply(keyset, *inputs) if inputs[-1] else below_autograd(_forward_op, keyset, *inputs)
 
 
-def _autograd_of_gradients(keyset, *inputs):
-    if torch.is_grad_enabled():
-        return _OfGradients.apply(keyset, *inputs)
-    return _below_autograd(_backward_op, keyset, *inputs)
-
-
-for _op, _impl, _fake, _differentiable in (
-    ("gated_delta_net", _forward, _forward_fake, _autograd),
-    ("gated_delta_net_backward", _backward, _backward_fake, _autograd_of_gradients),
-):
-    _library.impl(_op, _impl, "CompositeExplicitAutograd")
-    _library.impl(_op, _differentiable, "Autograd", with_keyset=True)
-    torch.library.register_fake(f"qlakernels::{_op}", _fake, lib=_library)
+differentiate(_forward_op, _autograd)
+differentiate_no_further(_backward_op, "the mixer")

@@ -4,9 +4,6 @@ Forward: F scans. Backward: R scans in reverse, G carries the kept states on and
 takes them to the raw gates. Kept in between, per token and value head: W and a state every 256 tokens; besides, the
 inputs.
 Documents are told apart on the device alone: nothing here reads the values of `cu_seqlens`.
-
-The two operators are defined with `torch.library.Library` and their own autograd kernel: `torch.library.custom_op`
-costs 70 µs more in each call that wants gradients.
 """
 
 import math
@@ -21,6 +18,7 @@ from qlakernels.compiled import launchers
 from qlakernels.gated_delta_rule.hopper.constants import constant, equal_rows, zero_states, zeros
 from qlakernels.gated_delta_rule.hopper.kernels import rows_of_many_scans, specialisations
 from qlakernels.gated_delta_rule.hopper.sizes import CHUNK, GATE_TOKENS, PART, STATE_STRIDE, VECTORS, value_parts
+from qlakernels.operators import below_autograd, define, differentiate, differentiate_no_further
 
 LEAST_SEGMENT = 1024  # tokens; with shorter ones, or fewer to a document, the stitching costs more than it gains
 LEAST_CUTS = 3
@@ -514,28 +512,27 @@ def _backward_fake(
     )
 
 
-_library = torch.library.Library("qlakernels", "FRAGMENT")
-_library.define(
+_forward_op = define(
     "gated_delta_rule(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? cu_seqlens, Tensor? A_log, "
     "Tensor? dt_bias, Tensor? initial_state, float scale, bool output_final_state, bool l2norm, "
     "bool gate, bool sigmoid, bool neg, bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
+    _forward,
+    _forward_fake,
 )
-_library.define(
+_backward_op = define(
     "gated_delta_rule_backward(Tensor q, Tensor k, Tensor g, Tensor beta, Tensor W, Tensor states, "
     "Tensor first_states, Tensor do, Tensor? d_final_state, Tensor? cu_seqlens, Tensor order, Tensor? A_log, "
     "Tensor? dt_bias, bool with_initial_state, float scale, bool l2norm, bool gate, bool sigmoid, bool neg) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
+    _backward,
+    _backward_fake,
 )
-_forward_op = torch.ops.qlakernels.gated_delta_rule.default
-_backward_op = torch.ops.qlakernels.gated_delta_rule_backward.default
 
 
 class _GatedDeltaRule(torch.autograd.Function):
     @staticmethod
     def forward(ctx, keyset, *inputs):
-        output = _below_autograd(keyset, *inputs)
+        output = below_autograd(_forward_op, keyset, *inputs)
         q, k, _, g, beta, cu_seqlens, A_log, dt_bias, initial_state, scale, final, *options, _ = inputs
         _, _, W, states, first_states, order = output
         ctx.save_for_backward(q, k, g, beta, W, states, first_states, cu_seqlens, order, A_log, dt_bias)
@@ -569,39 +566,10 @@ class _GatedDeltaRule(torch.autograd.Function):
         )
 
 
-def _below_autograd(keyset, *inputs):
-    with torch._C._AutoDispatchBelowAutograd():
-        return _forward_op.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
-
-
 def _autograd(keyset, *inputs):
     """The last input says whether gradients are wanted."""
-    return _GatedDeltaRule.apply(keyset, *inputs) if inputs[-1] else _below_autograd(keyset, *inputs)
+    return _GatedDeltaRule.apply(keyset, *inputs) if inputs[-1] else below_autograd(_forward_op, keyset, *inputs)
 
 
-def _backward_below_autograd(keyset, *inputs):
-    with torch._C._AutoDispatchBelowAutograd():
-        return _backward_op.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
-
-
-class _OfGradients(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, keyset, *inputs):
-        return _backward_below_autograd(keyset, *inputs)
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise NotImplementedError("the gated delta rule of the tilelang backend has no second gradients")
-
-
-def _autograd_of_gradients(keyset, *inputs):
-    return (_OfGradients.apply if torch.is_grad_enabled() else _backward_below_autograd)(keyset, *inputs)
-
-
-for _op, _impl, _fake, _differentiable in (
-    ("gated_delta_rule", _forward, _forward_fake, _autograd),
-    ("gated_delta_rule_backward", _backward, _backward_fake, _autograd_of_gradients),
-):
-    _library.impl(_op, _impl, "CompositeExplicitAutograd")
-    _library.impl(_op, _differentiable, "Autograd", with_keyset=True)
-    torch.library.register_fake(f"qlakernels::{_op}", _fake, lib=_library)
+differentiate(_forward_op, _autograd)
+differentiate_no_further(_backward_op, "the gated delta rule")

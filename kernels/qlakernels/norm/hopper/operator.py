@@ -13,6 +13,7 @@ import torch
 from qlakernels.compiled import launchers
 from qlakernels.norm.hopper.kernels import specialisations
 from qlakernels.norm.hopper.sizes import BLOCKS, LANES, PIECE, THREADS
+from qlakernels.operators import below_autograd, define, differentiate, differentiate_no_further
 
 # Tokens of a thread. Longer ones leave fewer sums and read the weight less often, shorter ones are more threads.
 STRETCH = {"forward": 32, "backward": 64}
@@ -153,22 +154,16 @@ def _backward(dy, x, gate, weight, eps):
     return dx, dgate, launch_backward(dy, x, gate, weight, eps, dx, dgate)
 
 
-_library = torch.library.Library("qlakernels", "FRAGMENT")
-_library.define(
+_forward_op = define(
     "rms_norm_gated(Tensor x, Tensor gate, Tensor weight, float eps) -> Tensor",
-    tags=torch.Tag.pt2_compliant_tag,
+    _forward,
+    lambda x, *_: x.new_empty(x.shape),
 )
-_library.define(
+_backward_op = define(
     "rms_norm_gated_backward(Tensor dy, Tensor x, Tensor gate, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
+    _backward,
+    lambda dy, x, gate, weight, eps: (x.new_empty(x.shape), x.new_empty(x.shape), weight.new_empty(weight.shape)),
 )
-_forward_op = torch.ops.qlakernels.rms_norm_gated.default
-_backward_op = torch.ops.qlakernels.rms_norm_gated_backward.default
-
-
-def _below_autograd(op, keyset, *inputs):
-    with torch._C._AutoDispatchBelowAutograd():
-        return op.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
 
 
 class _RMSNormGated(torch.autograd.Function):
@@ -176,44 +171,18 @@ class _RMSNormGated(torch.autograd.Function):
     def forward(ctx, keyset, x, gate, weight, eps):
         ctx.save_for_backward(x, gate, weight)
         ctx.eps = eps
-        return _below_autograd(_forward_op, keyset, x, gate, weight, eps)
+        return below_autograd(_forward_op, keyset, x, gate, weight, eps)
 
     @staticmethod
     def backward(ctx, dy):
         return None, *_backward_op(dy, *ctx.saved_tensors, ctx.eps), None
 
 
-class _OfGradients(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, keyset, *inputs):
-        return _below_autograd(_backward_op, keyset, *inputs)
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise NotImplementedError("the gated norm of the tilelang backend has no second gradients")
-
-
 def _autograd(keyset, x, gate, weight, eps):
     if torch.is_grad_enabled() and (x.requires_grad or gate.requires_grad or weight.requires_grad):
         return _RMSNormGated.apply(keyset, x, gate, weight, eps)
-    return _below_autograd(_forward_op, keyset, x, gate, weight, eps)
+    return below_autograd(_forward_op, keyset, x, gate, weight, eps)
 
 
-def _autograd_of_gradients(keyset, *inputs):
-    if torch.is_grad_enabled():
-        return _OfGradients.apply(keyset, *inputs)
-    return _below_autograd(_backward_op, keyset, *inputs)
-
-
-for _op, _impl, _fake, _differentiable in (
-    ("rms_norm_gated", _forward, lambda x, *_: x.new_empty(x.shape), _autograd),
-    (
-        "rms_norm_gated_backward",
-        _backward,
-        lambda dy, x, gate, weight, eps: (x.new_empty(x.shape), x.new_empty(x.shape), weight.new_empty(weight.shape)),
-        _autograd_of_gradients,
-    ),
-):
-    _library.impl(_op, _impl, "CompositeExplicitAutograd")
-    _library.impl(_op, _differentiable, "Autograd", with_keyset=True)
-    torch.library.register_fake(f"qlakernels::{_op}", _fake, lib=_library)
+differentiate(_forward_op, _autograd)
+differentiate_no_further(_backward_op, "the gated norm")

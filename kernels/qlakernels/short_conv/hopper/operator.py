@@ -8,6 +8,7 @@ from functools import cache
 import torch
 
 from qlakernels.compiled import launcher, launchers
+from qlakernels.operators import below_autograd, define, differentiate, differentiate_no_further
 from qlakernels.short_conv.hopper.kernels import specialisations, update_specialisation
 from qlakernels.short_conv.hopper.sizes import BLOCKS, CHANNELS, THREADS, UPDATED
 
@@ -157,22 +158,16 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-_library = torch.library.Library("qlakernels", "FRAGMENT")
-_library.define(
+_forward_op = define(
     "causal_conv1d(Tensor x, Tensor weight, Tensor? position_ids, bool silu) -> Tensor",
-    tags=torch.Tag.pt2_compliant_tag,
+    _forward,
+    lambda x, *_: x.new_empty(x.shape),
 )
-_library.define(
+_backward_op = define(
     "causal_conv1d_backward(Tensor dy, Tensor x, Tensor weight, Tensor? position_ids, bool silu) -> (Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
+    _backward,
+    lambda dy, x, weight, *_: (x.new_empty(x.shape), weight.new_empty(weight.shape)),
 )
-_forward_op = torch.ops.qlakernels.causal_conv1d.default
-_backward_op = torch.ops.qlakernels.causal_conv1d_backward.default
-
-
-def _below_autograd(op, keyset, *inputs):
-    with torch._C._AutoDispatchBelowAutograd():
-        return op.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
 
 
 class _CausalConv1d(torch.autograd.Function):
@@ -180,7 +175,7 @@ class _CausalConv1d(torch.autograd.Function):
     def forward(ctx, keyset, x, weight, position_ids, silu):
         ctx.save_for_backward(x, weight, position_ids)
         ctx.silu = silu
-        return _below_autograd(_forward_op, keyset, x, weight, position_ids, silu)
+        return below_autograd(_forward_op, keyset, x, weight, position_ids, silu)
 
     @staticmethod
     def backward(ctx, dy):
@@ -188,37 +183,11 @@ class _CausalConv1d(torch.autograd.Function):
         return None, dx, dweight, None, None
 
 
-class _OfGradients(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, keyset, *inputs):
-        return _below_autograd(_backward_op, keyset, *inputs)
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise NotImplementedError("the short convolution of the tilelang backend has no second gradients")
-
-
 def _autograd(keyset, x, weight, position_ids, silu):
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return _CausalConv1d.apply(keyset, x, weight, position_ids, silu)
-    return _below_autograd(_forward_op, keyset, x, weight, position_ids, silu)
+    return below_autograd(_forward_op, keyset, x, weight, position_ids, silu)
 
 
-def _autograd_of_gradients(keyset, *inputs):
-    if torch.is_grad_enabled():
-        return _OfGradients.apply(keyset, *inputs)
-    return _below_autograd(_backward_op, keyset, *inputs)
-
-
-for _op, _impl, _fake, _differentiable in (
-    ("causal_conv1d", _forward, lambda x, *_: x.new_empty(x.shape), _autograd),
-    (
-        "causal_conv1d_backward",
-        _backward,
-        lambda dy, x, weight, *_: (x.new_empty(x.shape), weight.new_empty(weight.shape)),
-        _autograd_of_gradients,
-    ),
-):
-    _library.impl(_op, _impl, "CompositeExplicitAutograd")
-    _library.impl(_op, _differentiable, "Autograd", with_keyset=True)
-    torch.library.register_fake(f"qlakernels::{_op}", _fake, lib=_library)
+differentiate(_forward_op, _autograd)
+differentiate_no_further(_backward_op, "the short convolution")

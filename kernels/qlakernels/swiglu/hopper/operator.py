@@ -5,6 +5,7 @@ from functools import cache
 import torch
 
 from qlakernels.compiled import launchers
+from qlakernels.operators import define
 from qlakernels.swiglu.hopper import kernels  # noqa: F401  makes them known
 from qlakernels.swiglu.hopper.sizes import PIECE
 
@@ -39,15 +40,13 @@ def _backward(dy, together):
     return d_together, y
 
 
-_library = torch.library.Library("qlakernels", "FRAGMENT")
-_library.define("swiglu(Tensor together) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
-_library.define("swiglu_backward(Tensor dy, Tensor together) -> (Tensor, Tensor)", tags=torch.Tag.pt2_compliant_tag)
-for _op, _impl, _fake in (
-    ("swiglu", _forward, lambda together: together.new_empty(*together.shape[:-1], together.shape[-1] // 2)),
-    ("swiglu_backward", _backward, lambda dy, together: (together.new_empty(together.shape), dy.new_empty(dy.shape))),
-):
-    _library.impl(_op, _impl, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"qlakernels::{_op}", _fake, lib=_library)
-
-forward = torch.ops.qlakernels.swiglu.default
-backward = torch.ops.qlakernels.swiglu_backward.default
+forward = define(
+    "swiglu(Tensor together) -> Tensor",
+    _forward,
+    lambda together: together.new_empty(*together.shape[:-1], together.shape[-1] // 2),
+)
+backward = define(
+    "swiglu_backward(Tensor dy, Tensor together) -> (Tensor, Tensor)",
+    _backward,
+    lambda dy, together: (together.new_empty(together.shape), dy.new_empty(dy.shape)),
+)
