@@ -1,6 +1,8 @@
 """Builds the Hopper kernels without a GPU, into the cache where the process that needs them looks.
 
-    python -m qlakernels.precompile --arch sm_90a [--heads 128/128 96/192] [--dtype bfloat16] [--gate]
+    python -m qlakernels.precompile --arch sm_90a [--heads 128/128 96/192] [--dtype bfloat16] [--gate] [--layers]
+
+With --gate and --layers it is what a model needs to train: the rule with its gates inside, and the kernels beside it.
 
 The cache is TILELANG_CACHE_DIR (by default ~/.tilelang/cache); copy it to the machine with the GPU.
 """
@@ -17,6 +19,7 @@ def main() -> None:
     parser.add_argument("--heads", nargs="*", default=["128/128"], metavar="K/V", help="head sizes, or all")
     parser.add_argument("--dtype", nargs="*", default=["bfloat16"], choices=["bfloat16", "float16"])
     parser.add_argument("--gate", action="store_true", help="also with the gate and β's sigmoid inside the operator")
+    parser.add_argument("--layers", action="store_true", help="also convolution, gated norm, SwiGLU and AdamW")
     arguments = parser.parse_args()
     if arguments.arch != "sm_90a":
         sys.exit(f"error: --arch {arguments.arch} has no kernels: use sm_90a")
@@ -34,8 +37,29 @@ def main() -> None:
                 for keep in (False, True):
                     needed += specialisations(*call, keep, cut=True).values()  # long rows need all that others need
                     needed += specialisations(*call, keep, part=64).values()  # short rows with few heads
+    if arguments.layers:
+        needed += beside_the_rule(arguments.dtype, {value_dim for _, value_dim in head_sizes(arguments.heads)})
     load(needed)
     print(f"{len(set(needed))} kernels are in the cache")
+
+
+def beside_the_rule(dtypes: list[str], value_dims: set[int]) -> list[tuple]:
+    """What layers and optimizer take in training besides, over float32 weights: filters of four taps."""
+    from qlakernels.adamw.hopper.kernels import specialisation as adamw
+    from qlakernels.norm.hopper import kernels as norm
+    from qlakernels.short_conv.hopper import kernels as short_conv
+    from qlakernels.swiglu.hopper import kernels as swiglu
+
+    needed = []
+    for dtype in dtypes:
+        for positions in ("int64", "int32"):
+            needed += short_conv.specialisations(4, dtype, "float32", positions, True, True).values()
+        for value_dim in sorted(value_dims):
+            for with_output in (False, True):
+                needed += norm.specialisations(value_dim, dtype, "float32", True, with_output).values()
+        needed += [(name, dtype) for name in swiglu.MAKERS]
+        needed.append(adamw(dtype))
+    return needed
 
 
 def head_sizes(names: list[str]) -> list[tuple[int, int]]:

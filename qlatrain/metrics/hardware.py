@@ -170,11 +170,14 @@ def _version(package: str) -> str | None:
 
 
 def _git_state(tracked_file: Path) -> tuple[str | None, bool | None]:
-    """`(commit, dirty)` of the repository that tracks the file; outside one, the environment's QLATRAIN_COMMIT."""
+    """`(commit, dirty)` of the repository that tracks the file; instead what the environment's QLATRAIN_COMMIT says, for
+    copies whose repository does not know."""
+    if commit := os.environ.get("QLATRAIN_COMMIT"):
+        return commit, None
     folder = tracked_file.parent
     # an installed copy may lie inside somebody else's repository, as in a virtual environment
     if _output(["git", "-C", str(folder), "ls-files", "--error-unmatch", tracked_file.name]) is None:
-        return os.environ.get("QLATRAIN_COMMIT"), None
+        return None, None
     commit = _output(["git", "-C", str(folder), "rev-parse", "HEAD"])
     status = _output(["git", "-C", str(folder), "status", "--porcelain"])
     return commit, None if status is None else bool(status)

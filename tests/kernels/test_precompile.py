@@ -1,0 +1,52 @@
+"""What is compiled ahead of time, without compiling it."""
+
+import subprocess
+import sys
+
+import pytest
+
+from qlakernels import compiled, precompile
+
+
+def names_of(arguments: list[str], monkeypatch, capsys) -> set[tuple]:
+    needed = []
+    monkeypatch.setattr(compiled, "load", needed.extend)
+    monkeypatch.setattr(sys, "argv", ["precompile", *arguments])
+    precompile.main()
+    assert capsys.readouterr().out == f"{len(set(needed))} kernels are in the cache\n"
+    assert len({compiled.library(key) for key in needed}) == len(set(needed))  # each is known, and has a place
+    return set(needed)
+
+
+def test_the_rule_alone(monkeypatch, capsys):
+    keys = names_of(["--heads", "128/128", "96/192"], monkeypatch, capsys)
+    assert {key[0] for key in keys} >= {"forward", "reverse", "gradients", "boundaries", "stitch_reverse"}
+    assert {key[1:3] for key in keys if key[0] == "gradients"} == {(128, 128), (96, 192)}
+
+
+def test_all_that_training_needs(monkeypatch, capsys):
+    rule = names_of(["--gate"], monkeypatch, capsys)
+    beside = names_of(["--gate", "--layers"], monkeypatch, capsys) - rule
+    assert {key[0] for key in beside} == {
+        "short_conv_forward",
+        "short_conv_backward",
+        "gated_norm_forward",
+        "gated_norm_backward",
+        "swiglu_forward",
+        "swiglu_backward",
+        "adamw_update",
+    }
+    assert ("gated_norm_backward", 128, "bfloat16", "float32", True) in beside
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--arch", "sm_100a"], "--arch sm_100a has no kernels: use sm_90a"),
+        (["--heads", "128"], "--heads 128 is not K/V, such as 128/128"),
+        (["--heads", "80/128"], "--heads 80/128: K must be one of"),
+    ],
+)
+def test_a_mistake_is_one_sentence(arguments, said):
+    done = subprocess.run([sys.executable, "-m", "qlakernels.precompile", *arguments], capture_output=True, text=True)
+    assert done.returncode != 0 and done.stderr.startswith("error: " + said) and done.stderr.count("\n") == 1
