@@ -170,8 +170,8 @@ def _version(package: str) -> str | None:
 
 
 def _git_state(tracked_file: Path) -> tuple[str | None, bool | None]:
-    """`(commit, dirty)` of the repository that tracks the file; instead what the environment's QLATRAIN_COMMIT says, for
-    copies whose repository does not know."""
+    """`(commit, dirty)` of the repository that tracks the file; instead what QLATRAIN_COMMIT of the environment says,
+    for copies whose repository does not know."""
     if commit := os.environ.get("QLATRAIN_COMMIT"):
         return commit, None
     folder = tracked_file.parent

@@ -1,5 +1,6 @@
 """What is compiled ahead of time, without compiling it."""
 
+import os
 import subprocess
 import sys
 
@@ -47,6 +48,7 @@ def test_all_that_training_needs(monkeypatch, capsys):
         (["--heads", "80/128"], "--heads 80/128: K must be one of"),
     ],
 )
-def test_a_mistake_is_one_sentence(arguments, said):
+def test_a_mistake_is_one_sentence(arguments, said, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
     done = subprocess.run([sys.executable, "-m", "qlakernels.precompile", *arguments], capture_output=True, text=True)
     assert done.returncode != 0 and done.stderr.startswith("error: " + said) and done.stderr.count("\n") == 1
