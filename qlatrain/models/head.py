@@ -37,8 +37,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for i in range(0, len(x), TOKENS_AT_ONCE):
             rows = slice(i, i + TOKENS_AT_ONCE)
             logits = F.linear(x[rows], cast)
-            part, dlogits = _of_logits(logits, labels[rows], any(wanted))
-            nll += part
+            nll += _of_logits(logits, labels[rows], any(wanted))
+            dlogits = logits  # in their place
             if wanted[0]:
                 torch.mm(dlogits, cast, out=dx[rows])
             if wanted[1]:
@@ -61,7 +61,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _of_logits(logits, labels, with_gradient):
-    """The sum of −log softmax at the labels, and the gradient of the logits in their dtype."""
+    """The sum of −log softmax at the labels; logits ← its gradient, if that is wanted."""
     of_logits = _compiled(_softmax_and_sums) if logits.is_cuda else _softmax_and_sums
     return of_logits(logits, labels, with_gradient)
 
@@ -73,11 +73,11 @@ def _softmax_and_sums(logits, labels, with_gradient):
     top = values.amax(1, keepdim=True)
     log_sum = (values - top).exp().sum(1, keepdim=True).log() + top
     nll = ((log_sum - values.gather(1, labels))[:, 0] * there).sum()
-    if not with_gradient:
-        return nll, None
-    index = torch.arange(logits.shape[1], device=logits.device)
-    gradient = (values - log_sum).exp() - (index == labels).float()
-    return nll, (gradient * there[:, None]).to(logits.dtype)
+    if with_gradient:
+        index = torch.arange(logits.shape[1], device=logits.device)
+        gradient = (values - log_sum).exp() - (index == labels).float()
+        logits.copy_(gradient * there[:, None])
+    return nll
 
 
 _made: dict = {}

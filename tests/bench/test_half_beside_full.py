@@ -22,6 +22,7 @@ def test_a_run_on_a_cpu(tmp_path):
         "--steps",
         "3",
         "validation.rows=4",
+        "data.sequence_length=128",
         "schedule.warmup_steps=1",
     ]
     variables = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
