@@ -115,7 +115,7 @@ class TrainStep:
     def __call__(self, batches: Sequence, lr_factor: float, stop_requested: bool) -> PendingResult:
         """`batches`: this process's micro-batches (`PackedBatch`) of the step, on any device."""
         device, layout = self.layout.device, self.layout
-        own_targets = torch.tensor(float(sum(b.num_targets for b in batches)), dtype=torch.float64, device=device)
+        (own_targets,) = _on_device([float(sum(b.num_targets for b in batches))], device)
         targets = layout.sum(own_targets)
         # DDP averages over processes; the loss is a mean over all target tokens of the step, wherever they are.
         weight = layout.world_size / targets.clamp_min(1)
@@ -134,10 +134,16 @@ class TrainStep:
         self.optimizers.zero_grad()
         self.skipped_in_a_row = (self.skipped_in_a_row + 1) * skip
         flops = float(sum(self.count_flops(batch.cu_seqlens_cpu.diff()) for batch in batches))
-        known_here = torch.tensor([flops, float(stop_requested)], dtype=torch.float64, device=device)
+        known_here = _on_device([flops, float(stop_requested)], device)
         nll, flops, stop = layout.sum(torch.cat([nll[None], known_here])).unbind()
         values = (nll, targets, flops, stop, grad_norm, skip, self.skipped_in_a_row)
         return PendingResult(torch.stack([value.double() for value in values]))
+
+
+def _on_device(numbers: list[float], device: torch.device) -> Tensor:
+    """float64 [n], without waiting for what the device is at, as `torch.tensor(…, device=…)` would."""
+    numbers = torch.tensor(numbers, dtype=torch.float64)
+    return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers
 
 
 @torch.no_grad()

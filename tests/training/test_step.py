@@ -215,3 +215,16 @@ def test_metrics_that_cannot_be_written(tmp_path):
     with pytest.raises(RuntimeError, match=r"metrics.jsonl could not be written") as caught:
         report_of(tmp_path / "file", 3)
     assert type(caught.value) is not RuntimeError  # one that train.py tells in a sentence
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_casts_are_never_stale(optimizer, monkeypatch):
+    """Multiplied with casts to float32, a model learns as without them: they follow every update."""
+    plain = Run(name=optimizer)
+    expected = [plain.take(batch(*ROWS)).loss for _ in range(6)]
+    monkeypatch.setattr("qlatrain.models.hybrid.cast_dtype", lambda device_type: torch.float32)
+    cast = Run(name=optimizer)
+    got = [cast.take(batch(*ROWS)).loss for _ in range(6)]
+    assert all(joint.cast is not None for joint in cast.model.model.joints)
+    assert got == pytest.approx(expected, rel=1e-4)
+    assert expected[0] - expected[-1] > 0.1
