@@ -10,6 +10,7 @@ The cache is TILELANG_CACHE_DIR (by default ~/.tilelang/cache); copy it to the m
 import argparse
 import sys
 
+from qlakernels import compiled
 from qlakernels.gated_delta_rule.api import KEY_DIMS, VALUE_DIMS
 
 
@@ -23,28 +24,38 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.arch != "sm_90a":
         sys.exit(f"error: --arch {arguments.arch} has no kernels: use sm_90a")
-    from qlakernels.compiled import load
-    from qlakernels.gated_delta_rule.hopper.kernels import specialisations
-
     needed = []
     for key_dim, value_dim in head_sizes(arguments.heads):
         for dtype in arguments.dtype:
-            gates = [(False, "float32", "float32")]
+            gates = [(False, "float32")]
             if arguments.gate:
-                gates += [(True, raw, raw) for raw in (dtype, "float32")]
-            for inside, raw, beta in gates:
-                call = key_dim, value_dim, dtype, True, inside, inside, raw, beta
+                gates += [(True, raw) for raw in (dtype, "float32")]
+            for inside, raw in gates:
                 for keep in (False, True):
-                    needed += specialisations(*call, keep, cut=True).values()  # long rows need all that others need
-                    needed += specialisations(*call, keep, part=64).values()  # short rows with few heads
+                    needed += of_the_rule(key_dim, value_dim, dtype, inside, raw, keep)
     if arguments.layers:
         needed += beside_the_rule(arguments.dtype, {value_dim for _, value_dim in head_sizes(arguments.heads)})
-    load(needed)
+    compiled.load(needed)
     print(f"{len(set(needed))} kernels are in the cache")
 
 
+def of_the_rule(key_dim: int, value_dim: int, dtype: str, gate: bool, raw_dtype: str, keep: bool) -> list[tuple]:
+    """With normalised queries and keys, and `gate` the decay and step size made inside of what has `raw_dtype`; for
+    rows of any length."""
+    from qlakernels.gated_delta_rule.hopper.kernels import specialisations
+
+    call = key_dim, value_dim, dtype, True, gate, gate, raw_dtype, raw_dtype, keep
+    long, short = specialisations(*call, cut=True), specialisations(*call, part=64)  # with few heads
+    return [*long.values(), *short.values()]
+
+
+def of_a_model(key_dim: int, value_dim: int, dtype: str) -> list[tuple]:
+    """What the training of a model takes whose mixers are `gated_delta_net`, over float32 weights."""
+    return of_the_rule(key_dim, value_dim, dtype, True, dtype, True) + beside_the_rule([dtype], {value_dim})
+
+
 def beside_the_rule(dtypes: list[str], value_dims: set[int]) -> list[tuple]:
-    """What layers and optimizer take in training besides, over float32 weights: filters of four taps."""
+    """What layers and optimizer take in training besides, over float32 weights: filters of four taps, positions in int64."""
     from qlakernels.adamw.hopper.kernels import specialisation as adamw
     from qlakernels.norm.hopper import kernels as norm
     from qlakernels.short_conv.hopper import kernels as short_conv
@@ -52,8 +63,7 @@ def beside_the_rule(dtypes: list[str], value_dims: set[int]) -> list[tuple]:
 
     needed = []
     for dtype in dtypes:
-        for positions in ("int64", "int32"):
-            needed += short_conv.specialisations(4, dtype, "float32", positions, True, True).values()
+        needed += short_conv.specialisations(4, dtype, "float32", "int64", True, True).values()
         for value_dim in sorted(value_dims):
             for with_output in (False, True):
                 needed += norm.specialisations(value_dim, dtype, "float32", True, with_output).values()

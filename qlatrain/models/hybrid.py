@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from qlakernels import compiled
+from qlakernels.precompile import of_a_model
 from qlatrain.config import KernelConfig, ModelConfig
 from qlatrain.models.attention import path_of, say
 from qlatrain.models.documents import Documents, with_rows
@@ -110,6 +112,12 @@ class HybridForCausalLM(nn.Module):
             return False
         plain = all(joint.plain for joint in self.model.joints)
         return plain and all(mixer.is_one_operator(device, dtype) for mixer in self.model.mixers)
+
+    def load_kernels(self, device: torch.device, dtype: torch.dtype | None) -> None:
+        """Compiles, side by side, what training will need one after the other; nothing where `traced_whole` is not."""
+        if self.model.mixers and self.traced_whole(device, dtype):
+            heads = self.model.mixers[0].heads
+            compiled.load(of_a_model(heads.key_dim, heads.value_dim, str(dtype).removeprefix("torch.")))
 
     def tie_head(self) -> None:
         """Makes the head the embedding itself where the config says so."""

@@ -95,10 +95,11 @@ class TrainStep:
         model.model.activation_checkpointing = train.activation_checkpointing
         for mlp in model.model.mlps:
             mlp.keep_products = not train.recompute_mlp
+        dtype = torch.bfloat16 if train.mixed_precision == "bf16" else None
+        model.load_kernels(layout.device, dtype)
         if train.compile:
             # what is put together elementwise from tensors that are kept is made again in the backward
             functorch.ban_recompute_materialized_backward = False
-            dtype = torch.bfloat16 if train.mixed_precision == "bf16" else None
             whole = model.traced_whole(layout.device, dtype)
             for block in model.model.layers:
                 block.compile(fullgraph=whole)

@@ -58,3 +58,16 @@ def test_where_they_are(monkeypatch):
     assert not HybridForCausalLM(small_config(attention_bias=True, **sizes)).traced_whole(GPU, torch.bfloat16)
     model.model.layers[0].mlp.up_proj = torch.nn.Sequential(model.model.layers[0].mlp.up_proj)
     assert not model.traced_whole(GPU, torch.bfloat16)
+
+
+def test_their_kernels_are_loaded_at_once(monkeypatch):
+    loaded = []
+    monkeypatch.setattr(hybrid.compiled, "load", lambda keys: loaded.append({key[0] for key in keys}))
+    monkeypatch.setattr(HybridForCausalLM, "traced_whole", lambda self, device, dtype: dtype is not None)
+    model = HybridForCausalLM(small_config(linear_key_head_dim=64, linear_value_head_dim=128))
+    model.load_kernels(GPU, None)
+    HybridForCausalLM(small_config(layer_pattern=["attn"])).load_kernels(GPU, torch.bfloat16)
+    assert loaded == []
+    model.load_kernels(GPU, torch.bfloat16)
+    assert loaded[0] >= {"forward", "reverse", "gradients", "gate_gradients", "segments_reverse"}
+    assert loaded[0] >= {"short_conv_backward", "gated_norm_backward", "swiglu_forward", "adamw_update"}
