@@ -55,7 +55,7 @@ def of_a_model(key_dim: int, value_dim: int, dtype: str) -> list[tuple]:
 
 
 def beside_the_rule(dtypes: list[str], value_dims: set[int]) -> list[tuple]:
-    """What layers and optimizer take in training besides, over float32 weights: filters of four taps, positions in int64."""
+    """What layers and optimizer take in training besides, over float32 weights: four taps, positions in int64."""
     from qlakernels.adamw.hopper.kernels import specialisation as adamw
     from qlakernels.norm.hopper import kernels as norm
     from qlakernels.short_conv.hopper import kernels as short_conv
