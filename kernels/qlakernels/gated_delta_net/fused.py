@@ -1,8 +1,8 @@
 """The mixer on Hopper as one differentiable torch operator: kernels of its parts, launched one after the other.
 
 Kept for the backward, per token: joint as it came, o, and what the rule keeps (W, a state every 256 tokens). The
-backward makes the convolution's output anew, a pass over q, k and v, and the norm's beside its gradients. All gradients
-of joint are written where they belong in one tensor.
+backward makes what the convolution made of q and k anew, a pass over both, and the norm's output beside its gradients.
+All gradients of joint are written where they belong in one tensor.
 """
 
 import torch
@@ -36,13 +36,15 @@ def _parts(x, heads: Heads):
     return qkv, z.unflatten(-1, (heads.value_heads, heads.value_dim)), a, b
 
 
-def _convolve(joint, conv_weight, position_ids, heads: Heads, keep):
-    """q, k, v by heads: slices of one tensor."""
-    qkv = joint.new_empty(*joint.shape[:2], heads.convolved)
-    convolution.launch_forward(joint[..., : heads.convolved], conv_weight, position_ids, True, keep, qkv)
-    q, k, v = qkv.split([heads.keys, heads.keys, heads.values], dim=-1)
-    of_keys = (heads.key_heads, heads.key_dim)
-    return q.unflatten(-1, of_keys), k.unflatten(-1, of_keys), v.unflatten(-1, (heads.value_heads, heads.value_dim))
+def _convolve(joint, conv_weight, position_ids, keep, channels):
+    """The first channels, [B, T, channels]."""
+    out = joint.new_empty(*joint.shape[:2], channels)
+    convolution.launch_forward(joint[..., :channels], conv_weight[:channels], position_ids, True, keep, out)
+    return out
+
+
+def _of_keys(x, heads: Heads):
+    return x.unflatten(-1, (heads.key_heads, heads.key_dim))
 
 
 def _forward(
@@ -51,7 +53,9 @@ def _forward(
     """The output; o, W, states and the order of the documents for the backward, empty where it is not wanted."""
     heads = Heads(*sizes)
     _, z, a, b = _parts(joint, heads)
-    q, k, v = _convolve(joint, conv_weight, position_ids, heads, keep)
+    qkv = _convolve(joint, conv_weight, position_ids, keep, heads.convolved)
+    q, k, v = qkv.split([heads.keys, heads.keys, heads.values], dim=-1)
+    q, k, v = _of_keys(q, heads), _of_keys(k, heads), v.unflatten(-1, (heads.value_heads, heads.value_dim))
     o, _, W, states, _, order = rule._forward(
         q, k, v, a, b, cu, A_log, dt_bias, None, heads.key_dim**-0.5, False, *IN_OPERATOR, neg, keep
     )
@@ -86,7 +90,8 @@ def _backward(
     del dy
     d_out_weight = weight_gradient(dout.flatten(0, 1), y.view(-1, heads.values), out_dtype)
     del y
-    q, k, _ = _convolve(joint, conv_weight, position_ids, heads, True)
+    q, k = _convolve(joint, conv_weight, position_ids, True, 2 * heads.keys).chunk(2, dim=-1)  # W is kept for v
+    q, k = _of_keys(q, heads), _of_keys(k, heads)
     first_states = states.new_empty(0, heads.value_heads, heads.value_dim, heads.key_dim)
     together = joint.new_empty(joint.shape[0] * joint.shape[1] * heads.convolved)
     *_, da_, db_, d_parameters, _ = rule._backward(
