@@ -10,6 +10,17 @@ import torch
 LIBRARY = torch.library.Library("qlakernels", "FRAGMENT")
 
 
+def as_read(x: torch.Tensor) -> torch.Tensor:
+    """x as kernels read it, contiguous and from a multiple of 16 bytes: itself, unless it is not."""
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % 16 else x
+
+
+def weight_as_read(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A weight in float32 or `dtype`, as kernels read it."""
+    return as_read(weight if weight.dtype in (torch.float32, dtype) else weight.float())
+
+
 def define(schema: str, run: Callable, fake: Callable) -> torch._ops.OpOverload:
     """The operator `qlakernels::…` of a schema; `fake` makes its outputs in a trace."""
     name = schema.partition("(")[0]

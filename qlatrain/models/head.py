@@ -1,5 +1,7 @@
 """The loss over a large vocabulary in half precision, without ever holding all logits or any of them in float32."""
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 
@@ -80,11 +82,7 @@ def _softmax_and_sums(logits, labels, with_gradient):
     return nll
 
 
-_made: dict = {}
-
-
+@cache
 def _compiled(function):
     """Three passes over the logits where eager operators take twelve."""
-    if function not in _made:
-        _made[function] = torch.compile(function, dynamic=True)
-    return _made[function]
+    return torch.compile(function, dynamic=True)

@@ -64,16 +64,14 @@ class DeltaRuleMixer(nn.Module):
 
     def __init__(self, config: ModelConfig, backend: str):
         super().__init__()
-        self.key_dim = config.linear_num_key_heads * config.linear_key_head_dim
-        self.value_dim = config.linear_num_value_heads * config.linear_value_head_dim
-        self.head_k_dim = config.linear_key_head_dim
-        self.head_v_dim = config.linear_value_head_dim
         self.heads = Heads(
             config.linear_num_key_heads,
             config.linear_key_head_dim,
             config.linear_num_value_heads,
             config.linear_value_head_dim,
         )
+        self.key_dim, self.value_dim = self.heads.keys, self.heads.values
+        self.head_k_dim, self.head_v_dim = self.heads.key_dim, self.heads.value_dim
         self.allow_neg_eigval = config.allow_neg_eigval
         self.backend = backend
         self.dt_bias = nn.Parameter(torch.empty(config.linear_num_value_heads, dtype=torch.float32))
@@ -158,7 +156,7 @@ class GatedDeltaNet(DeltaRuleMixer):
 
     def __init__(self, config: ModelConfig, backend: str):
         super().__init__(config, backend)
-        channels = 2 * self.key_dim + self.value_dim
+        channels = self.heads.convolved
         self.in_proj_qkv = nn.Linear(config.hidden_size, channels, bias=False)
         self.in_proj_z = nn.Linear(config.hidden_size, self.value_dim, bias=False)
         self.in_proj_b = nn.Linear(config.hidden_size, config.linear_num_value_heads, bias=False)

@@ -45,7 +45,7 @@ class OlmoGatedDeltaNet(DeltaRuleMixer):
         self.b_proj = nn.Linear(hidden, heads, bias=False)
         self.g_proj = nn.Linear(hidden, self.value_dim, bias=False)
         self.o_proj = nn.Linear(self.value_dim, hidden, bias=False)
-        self.conv1d = ShortConvolution(2 * self.key_dim + self.value_dim, config.linear_conv_kernel_dim)
+        self.conv1d = ShortConvolution(self.heads.convolved, config.linear_conv_kernel_dim)
         self.o_norm = GatedRMSNorm(self.head_v_dim, GATED_NORM_EPS)
         self.joint_in = Joint(self, "q_proj", "k_proj", "v_proj", "g_proj", "a_proj", "b_proj")
         self.joint_out = Joint(self, "o_proj")

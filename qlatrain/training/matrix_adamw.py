@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
 from qlakernels.adamw import update
+from qlakernels.operators import as_read
 
 # What torch.optim.AdamW has in its groups besides, for the way there and back of a state dict.
 AS_TORCH: dict = {
@@ -112,10 +113,3 @@ class MatrixAdamW(torch.optim.Optimizer):
         if given is None:
             return torch.full((), otherwise, device=device)
         return given.to(device, torch.float32, non_blocking=True).view(())
-
-
-def as_read(gradient: Tensor) -> Tensor:
-    """The gradient, or a copy of one that the kernel cannot read where it lies."""
-    if gradient.is_contiguous() and gradient.data_ptr() % 16 == 0:
-        return gradient
-    return gradient.clone(memory_format=torch.contiguous_format)

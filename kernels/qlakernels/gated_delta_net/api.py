@@ -11,12 +11,12 @@ import torch
 from qlakernels.backends import Backend, Call, register, select
 from qlakernels.checks import check_cu_seqlens
 from qlakernels.gated_delta_rule.api import chunk_gated_delta_rule
-from qlakernels.gated_delta_rule.api import refuses_tilelang as rulerefuses_tilelang
-from qlakernels.norm.api import refuses_tilelang as normrefuses_tilelang
+from qlakernels.gated_delta_rule.api import refuses_tilelang as rule_refuses
+from qlakernels.norm.api import refuses_tilelang as norm_refuses
 from qlakernels.norm.api import rms_norm_gated
 from qlakernels.products import product_with
 from qlakernels.short_conv.api import causal_conv1d
-from qlakernels.short_conv.api import refuses_tilelang as convolutionrefuses_tilelang
+from qlakernels.short_conv.api import refuses_tilelang as convolution_refuses
 
 OPERATOR = "gated_delta_net"
 
@@ -47,6 +47,18 @@ class Heads:
         """Where q, k and v together, the gate, the raw decay and the raw step size end in a row of `joint`."""
         gate = self.convolved + self.values
         return self.convolved, gate, gate + self.value_heads, gate + 2 * self.value_heads
+
+    def parts(self, joint: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Slices of rows like those of `joint`: q, k and v together, the gate by heads, a, b."""
+        qkv, z, a, b = (joint[..., i:j] for i, j in zip((0, *self.joint), self.joint, strict=False))
+        return qkv, z.unflatten(-1, (self.value_heads, self.value_dim)), a, b
+
+    def by_heads(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Slices of q, k and v together, each by its heads; v has none where `qkv` ends with k."""
+        values = qkv.shape[-1] - 2 * self.keys
+        q, k, v = qkv.split([self.keys, self.keys, values], dim=-1)
+        of_keys, of_values = (self.key_heads, self.key_dim), (values // self.value_dim, self.value_dim)
+        return q.unflatten(-1, of_keys), k.unflatten(-1, of_keys), v.unflatten(-1, of_values)
 
 
 def gated_delta_net(
@@ -128,15 +140,11 @@ def call_of(joint: torch.Tensor, width: int, heads: Heads) -> Call:
 def _run_torch(
     joint, conv_weight, A_log, dt_bias, norm_weight, out_weight, heads, out_cast, eps, neg, position_ids, cu, cu_cpu
 ):
-    ends = heads.joint
-    qkv = causal_conv1d(joint[..., : ends[0]], conv_weight, position_ids)
-    q, k, v = qkv.split([heads.keys, heads.keys, heads.values], dim=-1)
+    qkv, gate, a, b = heads.parts(joint)
     o, _ = chunk_gated_delta_rule(
-        q.unflatten(-1, (heads.key_heads, heads.key_dim)),
-        k.unflatten(-1, (heads.key_heads, heads.key_dim)),
-        v.unflatten(-1, (heads.value_heads, heads.value_dim)),
-        g=joint[..., ends[1] : ends[2]],
-        beta=joint[..., ends[2] : ends[3]],
+        *heads.by_heads(causal_conv1d(qkv, conv_weight, position_ids)),
+        g=a,
+        beta=b,
         A_log=A_log,
         dt_bias=dt_bias,
         use_qk_l2norm_in_kernel=True,
@@ -146,7 +154,6 @@ def _run_torch(
         cu_seqlens=cu,
         cu_seqlens_cpu=cu_cpu,
     )
-    gate = joint[..., ends[0] : ends[1]].unflatten(-1, (heads.value_heads, heads.value_dim))
     y = rms_norm_gated(o, gate, norm_weight, eps).flatten(-2)
     return product_with(y, (out_weight,), out_weight.to(y.dtype) if out_cast is None else out_cast)
 
@@ -154,7 +161,7 @@ def _run_torch(
 def refuses_tilelang(call: Call) -> str | None:
     """What any of its parts refuses."""
     channels = Call(call.device, call.dtype, 8, 8, width=call.width)  # of the convolution: heads are multiples of 8
-    return rulerefuses_tilelang(call) or convolutionrefuses_tilelang(channels) or normrefuses_tilelang(call)
+    return rule_refuses(call) or convolution_refuses(channels) or norm_refuses(call)
 
 
 def _run_tilelang(*arguments):

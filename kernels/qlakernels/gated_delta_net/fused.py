@@ -30,12 +30,6 @@ def run(
     return _forward_op(*tensors, out_cast.detach(), position_ids, cu, sizes, eps, neg, keep)[0]
 
 
-def _parts(x, heads: Heads):
-    """Of [B, T, C]: q, k and v together, the gate by heads, a, b."""
-    qkv, z, a, b = (x[..., i:j] for i, j in zip((0, *heads.joint), heads.joint, strict=False))
-    return qkv, z.unflatten(-1, (heads.value_heads, heads.value_dim)), a, b
-
-
 def _convolve(joint, conv_weight, position_ids, keep, channels):
     """The first channels, [B, T, channels]."""
     out = joint.new_empty(*joint.shape[:2], channels)
@@ -43,19 +37,13 @@ def _convolve(joint, conv_weight, position_ids, keep, channels):
     return out
 
 
-def _of_keys(x, heads: Heads):
-    return x.unflatten(-1, (heads.key_heads, heads.key_dim))
-
-
 def _forward(
     joint, conv_weight, A_log, dt_bias, norm_weight, out_weight, out_cast, position_ids, cu, sizes, eps, neg, keep
 ):
     """The output; o, W, states and the order of the documents for the backward, empty where it is not wanted."""
     heads = Heads(*sizes)
-    _, z, a, b = _parts(joint, heads)
-    qkv = _convolve(joint, conv_weight, position_ids, keep, heads.convolved)
-    q, k, v = qkv.split([heads.keys, heads.keys, heads.values], dim=-1)
-    q, k, v = _of_keys(q, heads), _of_keys(k, heads), v.unflatten(-1, (heads.value_heads, heads.value_dim))
+    _, z, a, b = heads.parts(joint)
+    q, k, v = heads.by_heads(_convolve(joint, conv_weight, position_ids, keep, heads.convolved))
     o, _, W, states, _, order = rule._forward(
         q, k, v, a, b, cu, A_log, dt_bias, None, heads.key_dim**-0.5, False, *IN_OPERATOR, neg, keep
     )
@@ -81,17 +69,17 @@ def _backward(
     """Gradients of joint, and of the weights: the filters', those of A_log and dt_bias as one [2, Hv], the norm's, all
     float32, and the output projection's."""
     heads = Heads(*sizes)
-    _, z, a, b = _parts(joint, heads)
+    _, z, a, b = heads.parts(joint)
     djoint = torch.empty_like(joint, memory_format=torch.contiguous_format)
-    dqkv, dz, da, db = _parts(djoint, heads)
+    dqkv, dz, da, db = heads.parts(djoint)
     djoint[..., heads.joint[-1] :].zero_()
     dy, y, do = torch.matmul(dout, out_cast).view(o.shape), torch.empty_like(o), torch.empty_like(o)
     d_norm_weight = norm.launch_backward(dy, o, z, norm_weight, eps, do, dz, y)
     del dy
     d_out_weight = weight_gradient(dout.flatten(0, 1), y.view(-1, heads.values), out_dtype)
     del y
-    q, k = _convolve(joint, conv_weight, position_ids, True, 2 * heads.keys).chunk(2, dim=-1)  # W is kept for v
-    q, k = _of_keys(q, heads), _of_keys(k, heads)
+    # of q and k alone: W is kept for v
+    q, k, _ = heads.by_heads(_convolve(joint, conv_weight, position_ids, True, 2 * heads.keys))
     first_states = states.new_empty(0, heads.value_heads, heads.value_dim, heads.key_dim)
     together = joint.new_empty(joint.shape[0] * joint.shape[1] * heads.convolved)
     *_, da_, db_, d_parameters, _ = rule._backward(

@@ -13,7 +13,7 @@ import torch
 from qlakernels.compiled import launchers
 from qlakernels.norm.hopper.kernels import specialisations
 from qlakernels.norm.hopper.sizes import BLOCKS, LANES, PIECE, THREADS
-from qlakernels.operators import below_autograd, define, differentiate, differentiate_no_further
+from qlakernels.operators import below_autograd, define, differentiate, differentiate_no_further, weight_as_read
 
 # Tokens of a thread. Longer ones leave fewer sums and read the weight less often, shorter ones are more threads.
 STRETCH = {"forward": 32, "backward": 64}
@@ -39,7 +39,7 @@ def launch_forward(x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor, ep
     if x.numel() == 0:
         return
     keep = x.requires_grad or gate.requires_grad or weight.requires_grad
-    weight = _weight_to_read(weight, x.dtype)
+    weight = weight_as_read(weight, x.dtype)
     launch = _launchers(x.shape[-1], x.dtype, weight.dtype, keep, False)["forward"]
     rows = [as_rows(x), as_rows(gate), _rows_to_write("y", y)]
     (x_row, gate_row, y_row), steps = zip(*rows, strict=True)
@@ -74,7 +74,7 @@ def launch_backward(
     if x.numel() == 0:
         return torch.zeros_like(weight)
     dim, (tokens, heads) = x.shape[-1], _tokens_and_heads(x)
-    kernel_weight = _weight_to_read(weight, x.dtype)
+    kernel_weight = weight_as_read(weight, x.dtype)
     launch = _launchers(dim, x.dtype, kernel_weight.dtype, True, y is not None)["backward"]
     rows = [as_rows(dy), as_rows(x), as_rows(gate), _rows_to_write("dx", dx), _rows_to_write("dgate", dgate)]
     rows.append(rows[3] if y is None else _rows_to_write("y", y))  # without y, the kernel does not touch its place
@@ -133,13 +133,6 @@ def _rows_to_write(name: str, x: torch.Tensor) -> tuple[torch.Tensor, int]:
             "past a multiple of 16: give one whose tokens are contiguous, at one distance, a multiple of 8, from 0"
         )
     return row, step
-
-
-def _weight_to_read(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    if weight.dtype not in (torch.float32, dtype):
-        weight = weight.float()
-    weight = weight.contiguous()
-    return weight.clone() if weight.data_ptr() % 16 else weight
 
 
 def _forward(x, gate, weight, eps):

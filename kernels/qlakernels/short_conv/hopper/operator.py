@@ -8,7 +8,14 @@ from functools import cache
 import torch
 
 from qlakernels.compiled import launcher, launchers
-from qlakernels.operators import below_autograd, define, differentiate, differentiate_no_further
+from qlakernels.operators import (
+    as_read,
+    below_autograd,
+    define,
+    differentiate,
+    differentiate_no_further,
+    weight_as_read,
+)
 from qlakernels.short_conv.hopper.kernels import specialisations, update_specialisation
 from qlakernels.short_conv.hopper.sizes import BLOCKS, CHANNELS, THREADS, UPDATED
 
@@ -56,11 +63,7 @@ def as_row(x: torch.Tensor) -> tuple[torch.Tensor, int]:
 
 def _weight_and_positions(x, weight, position_ids):
     """weight as one that the kernels take, and int positions [B·T], none where none are given"""
-    if weight.dtype not in (torch.float32, x.dtype):
-        weight = weight.float()
-    weight = weight.contiguous()
-    if weight.data_ptr() % 16:
-        weight = weight.clone()
+    weight = weight_as_read(weight, x.dtype)
     if position_ids is None:
         return weight, torch.empty(0, dtype=torch.int64, device=x.device)
     if position_ids.dtype not in (torch.int32, torch.int64):
@@ -143,12 +146,12 @@ def update(x, state, weight, activation):
     (rows, channels), width = x.shape, weight.shape[1]
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     if rows:
-        weight = weight if weight.dtype in (torch.float32, x.dtype) else weight.float()
+        weight = weight_as_read(weight, x.dtype)
         groups = channels // UPDATED
         _update_launcher(width, x.dtype, weight.dtype, activation == "silu")(
-            x.contiguous().view(rows, groups, -1),
+            as_read(x).view(rows, groups, -1),
             state.view(rows, groups, -1),
-            weight.contiguous().view(groups, -1),
+            weight.view(groups, -1),
             y.view(rows, groups, -1),
         )
     return y

@@ -5,7 +5,7 @@ from functools import cache
 import torch
 
 from qlakernels.compiled import launchers
-from qlakernels.operators import define
+from qlakernels.operators import as_read, define
 from qlakernels.swiglu.hopper import kernels  # noqa: F401  makes them known
 from qlakernels.swiglu.hopper.sizes import PIECE
 
@@ -16,14 +16,8 @@ def _launchers(dtype):
     return launchers({direction: (f"swiglu_{direction}", name) for direction in ("forward", "backward")})
 
 
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    """x, contiguous and at a multiple of 16 bytes: as it is, unless it is not."""
-    x = x.contiguous()
-    return x.clone() if x.data_ptr() % 16 else x
-
-
 def _forward(together):
-    together = _rows(together)
+    together = as_read(together)
     y = together.new_empty(*together.shape[:-1], together.shape[-1] // 2)
     if y.numel():
         pieces = y.shape[-1] // PIECE
@@ -32,7 +26,7 @@ def _forward(together):
 
 
 def _backward(dy, together):
-    dy, together = _rows(dy), _rows(together)
+    dy, together = as_read(dy), as_read(together)
     d_together, y = torch.empty_like(together), torch.empty_like(dy)
     if y.numel():
         flat = (x.view(-1) for x in (dy, together, d_together, y))
