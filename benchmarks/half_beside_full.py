@@ -2,7 +2,9 @@
 
     python benchmarks/half_beside_full.py --out benchmarks/results/NAME.json [--steps 200]
 
-Both are `train.py` with the tiny model, its Gated DeltaNet heads widened to 64 so that Hopper kernels take them.
+Both are `train.py` with the tiny model, its Gated DeltaNet heads widened to 64 so that Hopper kernels take them, with
+AdamW at a moderate rate: at Muon's of the default recipe, with 4 rows a step, training is chaotic, and differences of
+any origin grow to percents of a step's loss (docs/log.md).
 Weights come from seed and name, rows from the corpus in a fixed order. Told is the largest difference of a step's
 losses, as a part of the loss; a picture of both curves lies beside the result file. Without a GPU both runs are on the
 CPU.
@@ -28,6 +30,7 @@ from qlatrain.metrics.hardware import environment  # noqa: E402
 from qlatrain.metrics.recorder import read_metrics  # noqa: E402
 
 HEADS = ("model.linear_key_head_dim=64", "model.linear_value_head_dim=64")
+OPTIMIZER = ("optim=adamw", "optim.lr=5e-4", "train.global_batch_size=8", "train.micro_batch_size=8")
 
 
 def main() -> None:
@@ -38,7 +41,7 @@ def main() -> None:
     arguments = parser.parse_args()
     make_folder(arguments.out.parent)
     on_gpu = torch.cuda.is_available()
-    changes = [*HEADS, f"train.steps={arguments.steps}", *arguments.changes]
+    changes = [*HEADS, *OPTIMIZER, f"train.steps={arguments.steps}", *arguments.changes]
     with tempfile.TemporaryDirectory() as folder:
         full = losses(Path(folder, "full"), [*changes, "train.mixed_precision=no"], False)
         half = losses(Path(folder, "half"), [*changes, "train.mixed_precision=bf16"], on_gpu)

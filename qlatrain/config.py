@@ -146,6 +146,7 @@ class StepConfig:
     compile: bool = False  # torch.compile each block
     activation_checkpointing: bool = False  # keep only block inputs, recompute the rest in the backward
     recompute_mlp: bool = False  # keep the inputs of MLPs, recompute their first products: 4 F bytes a token and layer
+    recompute_convolution: bool = False  # keep no convolved queries and keys: 4 Hk K bytes a token and GDN layer less
 
 
 @dataclass

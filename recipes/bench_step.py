@@ -41,13 +41,14 @@ def main(config: BenchStepConfig) -> None:
         model, shape = read_model(MODELS, bench.cpu.model, "bench.cpu.model"), bench.cpu.shape
         train = replace(train, mixed_precision=bench.cpu.mixed_precision)
         console.note(f"no CUDA device: bench.cpu instead, {model.name} at {shape}")
+    of_peers = replace(train, activation_checkpointing=train.activation_checkpointing or bench.checkpoint_peers)
     jobs = [
         StepJob(
             name=name,
             on_gpu=device.type == "cuda",
             shape=str(parse_batch(shape)),
             model=model,
-            train=train,
+            train=train if name == OURS else of_peers,
             optim=config.optim,
             kernel=config.kernel,
             steps=bench.steps,
@@ -69,6 +70,9 @@ def main(config: BenchStepConfig) -> None:
     report, batch = StepReport(console, len(jobs)), jobs[0].batch_shape
     length = batch.tokens / (batch.documents or 1)
     report.banner(config.run.name, run_dir, results, jobs[0], FlopCounter(model).table(length))
+
+    if bench.peers and bench.checkpoint_peers:
+        console.note("peers keep the inputs of their layers alone and compute the rest anew: bench.checkpoint_peers")
 
     # ---------------------------------------------------------------- what each model does
     for job in jobs:

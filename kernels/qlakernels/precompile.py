@@ -1,8 +1,10 @@
 """Builds the Hopper kernels without a GPU, into the cache where the process that needs them looks.
 
     python -m qlakernels.precompile --arch sm_90a [--heads 128/128 96/192] [--dtype bfloat16] [--gate] [--layers]
+        [--hidden 2048]
 
-With --gate and --layers it is what a model needs to train: the rule with its gates inside, and the kernels beside it.
+With --gate, --layers and --hidden it is what a model needs to train: the rule with its gates inside, the kernels beside
+it, and the norms of its residual stream.
 
 The cache is TILELANG_CACHE_DIR (by default ~/.tilelang/cache); copy it to the machine with the GPU.
 """
@@ -12,6 +14,7 @@ import sys
 
 from qlakernels import compiled
 from qlakernels.gated_delta_rule.api import KEY_DIMS, VALUE_DIMS
+from qlakernels.residual_norm.api import refuses_width
 
 
 def main() -> None:
@@ -20,7 +23,8 @@ def main() -> None:
     parser.add_argument("--heads", nargs="*", default=["128/128"], metavar="K/V", help="head sizes, or all")
     parser.add_argument("--dtype", nargs="*", default=["bfloat16"], choices=["bfloat16", "float16"])
     parser.add_argument("--gate", action="store_true", help="also with the gate and β's sigmoid inside the operator")
-    parser.add_argument("--layers", action="store_true", help="also convolution, gated norm, SwiGLU and AdamW")
+    parser.add_argument("--layers", action="store_true", help="also convolution, gated norm, SwiGLU, loss and AdamW")
+    parser.add_argument("--hidden", nargs="*", type=int, default=[], metavar="D", help="also residual norms, this wide")
     arguments = parser.parse_args()
     if arguments.arch != "sm_90a":
         sys.exit(f"error: --arch {arguments.arch} has no kernels: use sm_90a")
@@ -35,6 +39,11 @@ def main() -> None:
                     needed += of_the_rule(key_dim, value_dim, dtype, inside, raw, keep)
     if arguments.layers:
         needed += beside_the_rule(arguments.dtype, {value_dim for _, value_dim in head_sizes(arguments.heads)})
+    for hidden in arguments.hidden:
+        if reason := refuses_width(hidden):
+            sys.exit(f"error: --hidden {hidden}: the residual norm {reason}")
+        for dtype in arguments.dtype:
+            needed += of_the_residual(hidden, dtype)
     compiled.load(needed)
     print(f"{len(set(needed))} kernels are in the cache")
 
@@ -49,14 +58,23 @@ def of_the_rule(key_dim: int, value_dim: int, dtype: str, gate: bool, raw_dtype:
     return [*long.values(), *short.values()]
 
 
-def of_a_model(key_dim: int, value_dim: int, dtype: str) -> list[tuple]:
+def of_a_model(key_dim: int, value_dim: int, hidden: int, dtype: str) -> list[tuple]:
     """What the training of a model takes whose mixers are `gated_delta_net`, over float32 weights."""
-    return of_the_rule(key_dim, value_dim, dtype, True, dtype, True) + beside_the_rule([dtype], {value_dim})
+    needed = of_the_rule(key_dim, value_dim, dtype, True, dtype, True) + beside_the_rule([dtype], {value_dim})
+    return needed if refuses_width(hidden) else needed + of_the_residual(hidden, dtype)
+
+
+def of_the_residual(hidden: int, dtype: str) -> list[tuple]:
+    """The norms of a residual stream, the first without a delta, over float32 weights."""
+    from qlakernels.residual_norm.hopper.kernels import specialisations
+
+    return [k for delta in (False, True) for k in specialisations(hidden, dtype, "float32", delta, True).values()]
 
 
 def beside_the_rule(dtypes: list[str], value_dims: set[int]) -> list[tuple]:
     """What layers and optimizer take in training besides, over float32 weights: four taps, positions in int64."""
     from qlakernels.adamw.hopper.kernels import specialisation as adamw
+    from qlakernels.cross_entropy.hopper import kernels as cross_entropy
     from qlakernels.norm.hopper import kernels as norm
     from qlakernels.short_conv.hopper import kernels as short_conv
     from qlakernels.swiglu.hopper import kernels as swiglu
@@ -67,7 +85,7 @@ def beside_the_rule(dtypes: list[str], value_dims: set[int]) -> list[tuple]:
         for value_dim in sorted(value_dims):
             for with_output in (False, True):
                 needed += norm.specialisations(value_dim, dtype, "float32", True, with_output).values()
-        needed += [(name, dtype) for name in swiglu.MAKERS]
+        needed += [(name, dtype) for name in (*swiglu.MAKERS, *cross_entropy.MAKERS)]
         needed.append(adamw(dtype))
     return needed
 

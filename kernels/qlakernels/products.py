@@ -18,11 +18,12 @@ def product_again(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return _product_again_op(x, weight)
 
 
-def add_weight_gradient(total: torch.Tensor, dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """total + dyᵀ x, of total's dtype, in one pass over it where a GPU sums half precision in float32."""
+def add_weight_gradient_(total: torch.Tensor, dy: torch.Tensor, x: torch.Tensor) -> None:
+    """total += dyᵀ x, of total's dtype, in one pass over it where a GPU sums half precision in float32."""
     if total.dtype == torch.float32 and dy.dtype != total.dtype and dy.is_cuda:
-        return torch.addmm(total, dy.t(), x, out_dtype=total.dtype)
-    return total + weight_gradient(dy, x, total.dtype)
+        torch.addmm(total, dy.t(), x, out_dtype=total.dtype, out=total)
+    else:
+        total += weight_gradient(dy, x, total.dtype)
 
 
 def _weight_gradient(dy, x, dtype):

@@ -36,6 +36,7 @@ class StepBenchConfig:
     steps: int = 20  # timed
     warmup: int = 5  # steps before, of which the first and the fifth are timed on their own
     profiled_steps: int = 3  # behind the timed ones, for the time by family of kernels; 0: none
+    checkpoint_peers: bool = False  # activation checkpointing of peers, whatever ours does
     empty_caches: bool = False  # each model starts with nothing compiled, in folders that go away
     seed: int = 0
     cpu: StepOnCpuConfig = field(default_factory=StepOnCpuConfig)

@@ -50,6 +50,7 @@ class StepReport:
             ["compiled"] * train.compile
             + ["activation checkpointing"] * train.activation_checkpointing
             + ["MLPs recomputed"] * train.recompute_mlp
+            + ["convolutions recomputed"] * train.recompute_convolution
         )
         facts.add_row("settings", ", ".join(settings))
         facts.add_row("steps", f"{job.warmup} warm-up, {job.steps} timed, {job.profiled_steps} profiled")

@@ -35,6 +35,7 @@ class StepRow:
     compiled: bool
     activation_checkpointing: bool
     recompute_mlp: bool
+    recompute_convolution: bool
     optimizer: str
     status: str = "ok"
     reason: str = ""
@@ -76,6 +77,7 @@ class StepRow:
             train.compile and job.name == OURS,
             train.activation_checkpointing,
             train.recompute_mlp and job.name == OURS,
+            train.recompute_convolution and job.name == OURS,
             job.optim.name,
             **rest,
         )

@@ -13,11 +13,13 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from qlakernels import compiled
+from qlakernels.backends import select
 from qlakernels.precompile import of_a_model
+from qlakernels.residual_norm import api as residual_norm
 from qlatrain.config import KernelConfig, ModelConfig
 from qlatrain.models.attention import path_of, say
 from qlatrain.models.documents import Documents, with_rows
-from qlatrain.models.head import linear_cross_entropy
+from qlatrain.models.head import embed_tied, linear_cross_entropy
 from qlatrain.models.initialization import initialize
 from qlatrain.models.joint import Joint, cast_dtype, joints
 from qlatrain.models.layers import MLP, Block, DeltaRuleMixer, RMSNorm, rotary_table
@@ -54,8 +56,9 @@ class HybridModel(nn.Module):
         self.mixers = [part for part in self.modules() if isinstance(part, DeltaRuleMixer)]
         self.mlps = [part for part in self.modules() if isinstance(part, MLP)]
 
-    def forward(self, input_ids: torch.Tensor, documents) -> torch.Tensor:
-        x_BTD = self.embed_tokens(input_ids)
+    def forward(self, input_ids: torch.Tensor, documents, embedded_BTD: torch.Tensor | None = None) -> torch.Tensor:
+        """embedded_BTD: of the tokens, where the caller has them."""
+        x_BTD = self.embed_tokens(input_ids) if embedded_BTD is None else embedded_BTD
         documents = with_rows(documents)
         dtype = cast_dtype(x_BTD.device.type)
         for joint in self.joints:
@@ -65,13 +68,15 @@ class HybridModel(nn.Module):
             for part in (*self.mixers, *self.mlps):
                 part.decide(x_BTD)
             say(path_of(x_BTD.is_cuda, dtype, documents.rows), x_BTD.device.type, dtype)
+        select(residual_norm.OPERATOR, "auto", residual_norm.call_of(x_BTD))  # not in the trace of a block
         rotary = self.rotary(documents.position_ids, x_BTD.dtype)
+        delta_BTD = None  # what is yet to be added to x
         for layer in self.layers:
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x_BTD = checkpoint(layer, x_BTD, documents, rotary, use_reentrant=False)
+                x_BTD, delta_BTD = checkpoint(layer, x_BTD, delta_BTD, documents, rotary, use_reentrant=False)
             else:
-                x_BTD = layer(x_BTD, documents, rotary)
-        return self.norm(x_BTD)
+                x_BTD, delta_BTD = layer(x_BTD, delta_BTD, documents, rotary)
+        return self.norm.after(x_BTD, delta_BTD)[1]
 
     def rotary(self, position_ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor] | None:
         """The table of all layers; None for a model without positions."""
@@ -116,8 +121,8 @@ class HybridForCausalLM(nn.Module):
     def load_kernels(self, device: torch.device, dtype: torch.dtype | None) -> None:
         """Compiles, side by side, what training will need one after the other; nothing where `traced_whole` is not."""
         if self.model.mixers and self.traced_whole(device, dtype):
-            heads = self.model.mixers[0].heads
-            compiled.load(of_a_model(heads.key_dim, heads.value_dim, str(dtype).removeprefix("torch.")))
+            heads, name = self.model.mixers[0].heads, str(dtype).removeprefix("torch.")
+            compiled.load(of_a_model(heads.key_dim, heads.value_dim, self.config.hidden_size, name))
 
     def tie_head(self) -> None:
         """Makes the head the embedding itself where the config says so."""
@@ -145,12 +150,14 @@ class HybridForCausalLM(nn.Module):
                 f"{list(documents.position_ids.shape)}: pack the tokens into [1, N]"
             )
         self.joint_head.refresh(cast_dtype(input_ids.device.type))
-        x_BTD = self.model(input_ids, documents)
+        weight, cast, embedded_BTD = self.lm_head.weight, self.joint_head.cast, None
+        if cast is not None and labels is not None and self.model.embed_tokens.weight is weight:
+            embedded_BTD, weight = embed_tied(input_ids, weight, cast)
+        x_BTD = self.model(input_ids, documents, embedded_BTD)
         if labels is None:
             return self.joint_head.apart(x_BTD)[0].view(*shape, -1)
-        if self.joint_head.cast is not None:
-            weight = self.lm_head.weight
-            return linear_cross_entropy(x_BTD.flatten(0, 1), labels.flatten(), weight, self.joint_head.cast)
+        if cast is not None:
+            return linear_cross_entropy(x_BTD.flatten(0, 1), labels.flatten(), weight, cast)
         return self._nll(x_BTD.flatten(0, 1), labels.flatten())
 
     def _nll(self, x_ND: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:

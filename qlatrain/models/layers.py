@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from qlakernels import causal_conv1d, chunk_gated_delta_rule, gated_delta_net, rms_norm_gated
+from qlakernels import add_rms_norm, causal_conv1d, chunk_gated_delta_rule, gated_delta_net, rms_norm_gated
 from qlakernels.backends import select
 from qlakernels.gated_delta_net.api import OPERATOR, Heads, call_of, refuses_tilelang
 from qlakernels.swiglu import api as swiglu
@@ -28,6 +28,10 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(x.float(), x.shape[-1:], 1.0 + self.weight.float(), self.eps).type_as(x)
+
+    def after(self, x: torch.Tensor, delta: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """(x + delta, the norm of it): the end of a residual branch and the start of the next. delta of any dtype."""
+        return add_rms_norm(x, None if delta is None else delta.to(x.dtype), self.weight, self.eps, offset=1.0)
 
 
 class GatedRMSNorm(nn.Module):
@@ -74,6 +78,7 @@ class DeltaRuleMixer(nn.Module):
         self.head_k_dim, self.head_v_dim = self.heads.key_dim, self.heads.value_dim
         self.allow_neg_eigval = config.allow_neg_eigval
         self.backend = backend
+        self.keep_convolved = True  # queries and keys for the backward; else they are made anew
         self.dt_bias = nn.Parameter(torch.empty(config.linear_num_value_heads, dtype=torch.float32))
         self.A_log = nn.Parameter(torch.empty(config.linear_num_value_heads, dtype=torch.float32))
 
@@ -125,6 +130,7 @@ class DeltaRuleMixer(nn.Module):
             out_cast=self.joint_out.unpadded,
             eps=norm.eps,
             allow_neg_eigval=self.allow_neg_eigval,
+            keep_convolved=self.keep_convolved,
             backend=self.backend,
             **(packed if rows is None else {}),
         )
@@ -276,10 +282,14 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x_BTD: torch.Tensor, documents, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        normed = self.input_layernorm(x_BTD)
+    def forward(
+        self, x_BTD: torch.Tensor, delta_BTD: torch.Tensor | None, documents, rotary: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The residual stream is x + delta, coming in and going out: the next norm adds them as it reads them."""
+        x_BTD, normed_BTD = self.input_layernorm.after(x_BTD, delta_BTD)
         if self.kind == "gdn":
-            x_BTD = x_BTD + self.linear_attn(normed, documents)
+            delta_BTD = self.linear_attn(normed_BTD, documents)
         else:
-            x_BTD = x_BTD + self.self_attn(normed, documents, rotary)
-        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
+            delta_BTD = self.self_attn(normed_BTD, documents, rotary)
+        x_BTD, normed_BTD = self.post_attention_layernorm.after(x_BTD, delta_BTD)
+        return x_BTD, self.mlp(normed_BTD)

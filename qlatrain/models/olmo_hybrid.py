@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from qlakernels import causal_conv1d
+from qlakernels import add_rms_norm, causal_conv1d
 from qlatrain.config import ModelConfig
 from qlatrain.models.attention import packed_causal_attention
 from qlatrain.models.joint import Joint
@@ -30,6 +30,10 @@ class OlmoRMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps).type_as(x)
+
+    def after(self, x: torch.Tensor, delta: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """(x + delta, the norm of it); delta of any dtype."""
+        return add_rms_norm(x, None if delta is None else delta.to(x.dtype), self.weight, self.eps)
 
 
 class OlmoGatedDeltaNet(DeltaRuleMixer):
@@ -100,9 +104,17 @@ class OlmoGatedDeltaNetBlock(nn.Module):
         self.input_layernorm = OlmoRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = OlmoRMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x_BTD: torch.Tensor, documents, rotary: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
-        x_BTD = x_BTD + self.linear_attn(self.input_layernorm(x_BTD), documents)
-        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
+    def forward(
+        self,
+        x_BTD: torch.Tensor,
+        delta_BTD: torch.Tensor | None,
+        documents,
+        rotary: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The residual stream is x + delta, coming in and going out."""
+        x_BTD, normed_BTD = self.input_layernorm.after(x_BTD, delta_BTD)
+        x_BTD, normed_BTD = self.post_attention_layernorm.after(x_BTD, self.linear_attn(normed_BTD, documents))
+        return x_BTD, self.mlp(normed_BTD)
 
 
 class OlmoAttentionBlock(nn.Module):
@@ -115,9 +127,18 @@ class OlmoAttentionBlock(nn.Module):
         self.post_attention_layernorm = OlmoRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_feedforward_layernorm = OlmoRMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x_BTD: torch.Tensor, documents, rotary: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
+    def forward(
+        self,
+        x_BTD: torch.Tensor,
+        delta_BTD: torch.Tensor | None,
+        documents,
+        rotary: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As a Gated DeltaNet block's."""
+        if delta_BTD is not None:
+            x_BTD = x_BTD + delta_BTD
         x_BTD = x_BTD + self.post_attention_layernorm(self.self_attn(x_BTD, documents, rotary))
-        return x_BTD + self.post_feedforward_layernorm(self.mlp(x_BTD))
+        return x_BTD, self.post_feedforward_layernorm(self.mlp(x_BTD))
 
 
 def olmo_block(config: ModelConfig, kind: str, backend: str) -> nn.Module:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Self
 
 import torch
+import torch._dynamo.config as dynamo
 import torch._functorch.config as functorch
 from torch import Tensor, nn
 
@@ -14,6 +15,7 @@ from qlatrain.models import HybridForCausalLM
 from qlatrain.parallel import Layout
 from qlatrain.training.optimizer import Optimizers
 
+MOST_TRACES = 32
 FIELDS = ("nll", "targets", "flops", "stop", "grad_norm", "skipped", "skipped_in_a_row")
 
 
@@ -95,11 +97,15 @@ class TrainStep:
         model.model.activation_checkpointing = train.activation_checkpointing
         for mlp in model.model.mlps:
             mlp.keep_products = not train.recompute_mlp
+        for mixer in model.model.mixers:
+            mixer.keep_convolved = not train.recompute_convolution
         dtype = torch.bfloat16 if train.mixed_precision == "bf16" else None
         model.load_kernels(layout.device, dtype)
         if train.compile:
             # what is put together elementwise from tensors that are kept is made again in the backward
             functorch.ban_recompute_materialized_backward = False
+            # kinds of blocks, the first without a delta, times layouts of documents, all in one function
+            dynamo.recompile_limit = max(dynamo.recompile_limit, MOST_TRACES)
             whole = model.traced_whole(layout.device, dtype)
             for block in model.model.layers:
                 block.compile(fullgraph=whole)

@@ -50,18 +50,17 @@ def plain_kernels(monkeypatch):
         return o, None, W.zero_(), states.zero_(), firsts, order.zero_()
 
     def rule_backward(q, k, a, b, W, states, firsts, do, d_final, cu, order, A_log, dt_bias, initial, *options):
-        *_, neg, into = options
+        *_, neg, _, into, beside = options
+        beside()
         assert d_final is None and not initial and firsts.numel() == 0
         inputs = q, k, given["v"], a, b, A_log, dt_bias
         dq, dk, dv, da, db, dA, ddt = gradients(lambda *x: rule(*x, cu, neg), inputs, do)
-        into.copy_(torch.cat([x.flatten() for x in (dq, dk, dv)]))
-        return None, None, None, da, db, torch.stack([dA, ddt]), None
+        for x, gradient in zip(into, (dq, dk, dv, da, db), strict=True):
+            x.copy_(gradient)
+        return *into, torch.stack([dA, ddt]), None
 
-    def conv_backward(dy, x, weight, positions, silu, dx, section):
-        assert silu and section == HEADS.keys
-        tokens = x.shape[0] * x.shape[1]
-        parts = dy.split([tokens * section, tokens * section, tokens * HEADS.values])
-        dy = torch.cat([part.view(tokens, -1) for part in parts], dim=1).view(x.shape)
+    def conv_backward(dy, x, weight, positions, silu, dx):
+        assert silu
         gx, gw = gradients(lambda x, w: causal_conv1d(x, w, positions, backend="torch"), (x, weight), dy)
         dx.copy_(gx)
         return gw
@@ -100,9 +99,10 @@ PACKED = {"cu_seqlens": CU, "position_ids": POSITIONS}
 @pytest.mark.parametrize("neg", [False, True])
 @pytest.mark.parametrize("options", [{}, PACKED], ids=["dense", "packed"])
 @pytest.mark.parametrize("cast", [False, True])
-def test_it_is_its_operators(options, neg, cast):
+@pytest.mark.parametrize("keep_convolved", [False, True])
+def test_it_is_its_operators(options, neg, cast, keep_convolved):
     inputs = problem(batch=1 if options else 2)
-    options = options | {"allow_neg_eigval": neg, "eps": 1e-5}
+    options = options | {"allow_neg_eigval": neg, "eps": 1e-5, "keep_convolved": keep_convolved}
     if cast:
         options["out_cast"] = inputs[-1].detach() + 1
     expected = gated_delta_net(*inputs, HEADS, backend="torch", **options)
@@ -116,7 +116,7 @@ def test_it_is_its_operators(options, neg, cast):
 def test_without_gradients_nothing_is_kept():
     inputs = [x.detach() for x in problem()]
     sizes = [HEADS.key_heads, HEADS.key_dim, HEADS.value_heads, HEADS.value_dim]
-    out, *kept = fused._forward_op(*inputs, inputs[-1], None, None, sizes, 1e-6, False, False)
+    out, *kept = fused._forward_op(*inputs, inputs[-1], None, None, sizes, 1e-6, False, False, True)
     assert sum(x.numel() for x in kept) == 0
     assert torch.equal(out, gated_delta_net(*inputs, HEADS, backend="tilelang"))
 
@@ -125,9 +125,9 @@ def test_operators_are_sound():
     inputs, sizes = problem(), [HEADS.key_heads, HEADS.key_dim, HEADS.value_heads, HEADS.value_dim]
     cast = inputs[-1].detach()
     for cu, positions in ((None, None), (CU, POSITIONS)):
-        opcheck(fused._forward_op, (*inputs, cast, positions, cu, sizes, 1e-6, False, True))
+        opcheck(fused._forward_op, (*inputs, cast, positions, cu, sizes, 1e-6, False, True, True))
         joint, *weights, _ = (x.detach() for x in inputs)
-        out, *kept = fused._forward_op(*inputs, cast, positions, cu, sizes, 1e-6, False, True)
+        out, *kept = fused._forward_op(*inputs, cast, positions, cu, sizes, 1e-6, False, True, True)
         kept = [x.detach() for x in kept]
         dout = torch.ones_like(out)
         arguments = dout, joint, *kept, *weights, cast, positions, cu, sizes, 1e-6, False, torch.float32

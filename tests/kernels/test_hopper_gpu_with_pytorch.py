@@ -83,6 +83,19 @@ def test_heads_before_tokens():
     assert_same_bits(evaluate(inputs, cotangents), expected)
 
 
+def test_gradients_are_laid_out_as_their_inputs():
+    inputs = make_inputs(200)
+    cotangents = make_cotangents(inputs, 1)
+    expected = evaluate(inputs, cotangents)
+    for name in ("q", "k", "v"):
+        inputs[name] = inputs[name].transpose(1, 2).contiguous().transpose(1, 2)
+    assert_same_bits(evaluate(inputs, cotangents), expected)
+    leaves = {name: inputs[name].detach().requires_grad_() for name in ("q", "k", "v")}
+    o, _ = run(inputs | leaves)
+    for x, gradient in zip(leaves.values(), torch.autograd.grad(o, leaves.values(), cotangents["o"]), strict=True):
+        assert gradient.stride() == x.stride() and not gradient.is_contiguous()
+
+
 def test_gradients_that_arrive_expanded():
     """Those of a sum: every stride is 0."""
     inputs = make_inputs(lengths=MIX)

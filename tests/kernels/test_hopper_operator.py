@@ -22,7 +22,7 @@ OUTPUTS = {  # of each kernel: the places of its outputs among its arguments
     "stitch_reverse": [4],
     "forward": range(10, 15),
     "reverse": range(10, 15),
-    "gradients": range(11, 16),
+    "gradients": [11, *range(13, 17)],
     "gate_gradients": range(6, 9),
 }
 OPTIONS = {
@@ -49,7 +49,7 @@ def launches(monkeypatch):
             outputs = {arguments[i].data_ptr(): arguments[i] for i in OUTPUTS[name]}
             read = [x for x in arguments if isinstance(x, torch.Tensor) and x.data_ptr() not in outputs and x.numel()]
             for i, x in enumerate(outputs.values()):
-                assert x.is_contiguous()
+                assert x.is_contiguous() or name in ("reverse", "gradients", "gate_gradients")
                 x.fill_(i + sum(y.double().mean() for y in read))
 
         return launch
@@ -199,9 +199,26 @@ def test_opcheck(cu_seqlens, state):
     none = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in forward)
     opcheck(operator._forward_op, (*none, False))
     o, final_state, *kept, order = operator._forward_op(*none, True)
-    q, k, _, g, beta, _, A_log, dt_bias, *_ = none
+    q, k, v, g, beta, _, A_log, dt_bias, *_ = none
     backward = (q, k, g, beta, *kept, torch.ones_like(o), final_state, cu_seqlens, order, A_log, dt_bias)
-    opcheck(operator._backward_op, (*backward, state, 0.1, True, True, True, True))
+    for strides in (v.stride(), heads_first(v).stride()):
+        opcheck(operator._backward_op, (*backward, state, 0.1, True, True, True, True, strides))
+
+
+def heads_first(x):
+    """The same [B, T, H, D], in memory as [H, B, T, D]."""
+    return x.detach().permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3)
+
+
+def test_gradients_are_laid_out_as_what_they_are_of():
+    inputs = make_inputs(groups=2)
+    for name in ("k", "v"):
+        inputs[name] = heads_first(inputs[name]).requires_grad_()
+    sides = torch.stack([inputs["q"], inputs["q"]], dim=3)  # every other number: no layout for a gradient
+    q = sides[..., 0, :]
+    o, _ = operator.run(**inputs | {"q": q}, **OPTIONS)
+    dq, dk, dv = torch.autograd.grad(o.float().sum(), [q, inputs["k"], inputs["v"]])
+    assert dq.is_contiguous() and dk.stride() == inputs["k"].stride() and dv.stride() == inputs["v"].stride()
 
 
 @pytest.mark.parametrize("is_packed", [False, True], ids=["dense", "packed"])

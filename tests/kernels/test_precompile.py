@@ -35,9 +35,20 @@ def test_all_that_training_needs(monkeypatch, capsys):
         "gated_norm_backward",
         "swiglu_forward",
         "swiglu_backward",
+        "cross_entropy",
         "adamw_update",
     }
     assert ("gated_norm_backward", 128, "bfloat16", "float32", True) in beside
+
+
+def test_the_residual_stream(monkeypatch, capsys):
+    widths = names_of(["--hidden", "2048", "64"], monkeypatch, capsys) - names_of([], monkeypatch, capsys)
+    assert {key[:2] for key in widths} == {
+        (f"residual_norm_{direction}", width) for direction in ("forward", "backward") for width in (2048, 64)
+    }
+    whole = precompile.of_a_model(128, 128, 2048, "bfloat16")
+    assert {key for key in widths if key[1] == 2048} <= set(whole)
+    assert "residual_norm_forward" not in {key[0] for key in precompile.of_a_model(128, 128, 100, "bfloat16")}
 
 
 @pytest.mark.parametrize(
@@ -45,6 +56,7 @@ def test_all_that_training_needs(monkeypatch, capsys):
     [
         (["--arch", "sm_100a"], "--arch sm_100a has no kernels: use sm_90a"),
         (["--heads", "128"], "--heads 128 is not K/V, such as 128/128"),
+        (["--hidden", "100"], "--hidden 100: the residual norm takes D a multiple of 8 up to 8192, not 100"),
         (["--heads", "80/128"], "--heads 80/128: K must be one of"),
     ],
 )

@@ -62,26 +62,21 @@ def test_forward_and_backward(width, silu, monkeypatch):
             torch.testing.assert_close(y.view(x.shape).double(), expected.detach(), rtol=1e-5, atol=1e-5)
             C = CHANNELS["backward"]
             sums = torch.full((-(-tokens // stretch), channels // C, C * width), NAN)
-            for section in (0, 8):  # dy as a slice, and in three sections one behind the other
-                sections = [part.flatten() for part in dy.flatten(0, 1).split([8, 8, channels - 16], dim=1)]
-                dx_row.fill_(NAN)
-                sums.fill_(NAN)
-                run_backward(
-                    torch.cat(sections) if section else dy_row,
-                    x_row,
-                    weight.view(-1, C * width),
-                    given,
-                    dx_row,
-                    sums,
-                    0 if section else dy_step // C,
-                    section // C,
-                    x_step // C,
-                    dx_step // C,
-                    tokens,
-                    length,
-                    stretch,
-                )
-                assert dx_row.isnan().sum() == dx_row.numel() - dx.numel()  # nothing beside the slice
-                torch.testing.assert_close(dx.double(), expected_dx, rtol=1e-5, atol=1e-5)
-                got_dw = sums.sum(0).view(channels, width).double()
-                torch.testing.assert_close(got_dw, expected_dw, rtol=1e-5, atol=2e-5)
+            run_backward(
+                dy_row,
+                x_row,
+                weight.view(-1, C * width),
+                given,
+                dx_row,
+                sums,
+                dy_step // C,
+                x_step // C,
+                dx_step // C,
+                tokens,
+                length,
+                stretch,
+            )
+            assert dx_row.isnan().sum() == dx_row.numel() - dx.numel()  # nothing beside the slice
+            torch.testing.assert_close(dx.double(), expected_dx, rtol=1e-5, atol=1e-5)
+            got_dw = sums.sum(0).view(channels, width).double()
+            torch.testing.assert_close(got_dw, expected_dw, rtol=1e-5, atol=2e-5)

@@ -57,9 +57,8 @@ def launches(monkeypatch):
             x, weight, positions = parts(x, weight, positions, step, tokens, length)
             y.copy_(conv(x, weight, positions, silu).flatten())
 
-        def backward(dy, x, weight, positions, dx, sums, dy_step, section, x_step, dx_step, tokens, length, stretch):
+        def backward(dy, x, weight, positions, dx, sums, dy_step, x_step, dx_step, tokens, length, stretch):
             names.append("backward")
-            assert section == 0
             assert sums.shape[0] == -(-tokens // stretch)
             dy = tensor(dy, weight.shape[1] // width, dy_step, tokens, length, weight.shape[0])
             x, weight, positions = parts(x, weight, positions, x_step, tokens, length)

@@ -76,6 +76,7 @@ def gated_delta_net(
     position_ids: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
     cu_seqlens_cpu: torch.Tensor | None = None,
+    keep_convolved: bool = True,
     backend: str = "auto",
 ) -> torch.Tensor:
     """From the input projections of a Gated DeltaNet layer to its output.
@@ -98,6 +99,8 @@ def gated_delta_net(
         position_ids: int [B, T], the position of each token in its document; needed with cu_seqlens.
         cu_seqlens: int [N+1], boundaries of documents packed along T; needs B = 1.
         cu_seqlens_cpu: the same on the host, for callers that have them.
+        keep_convolved: the backward finds q and k as the convolution made them, 4·Hk·K bytes a token; without, it makes
+            them anew.
         backend: auto, tilelang (Hopper GPUs; keeps joint, o and what the rule keeps, and makes the rest anew in the
             backward) or torch, which calls the operators one after the other, each with its own choice of a backend.
 
@@ -128,7 +131,7 @@ def gated_delta_net(
     call = call_of(joint, conv_weight.shape[1], heads)
     return select(OPERATOR, backend, call).run(
         joint, conv_weight, A_log, dt_bias, norm_weight, out_weight, heads, out_cast, eps, allow_neg_eigval,
-        position_ids, cu_seqlens, cu_seqlens_cpu,
+        position_ids, cu_seqlens, cu_seqlens_cpu, keep_convolved,
     )  # fmt: skip
 
 
@@ -138,8 +141,9 @@ def call_of(joint: torch.Tensor, width: int, heads: Heads) -> Call:
 
 
 def _run_torch(
-    joint, conv_weight, A_log, dt_bias, norm_weight, out_weight, heads, out_cast, eps, neg, position_ids, cu, cu_cpu
-):
+    joint, conv_weight, A_log, dt_bias, norm_weight, out_weight, heads, out_cast, eps, neg, position_ids, cu, cu_cpu,
+    keep_convolved,
+):  # fmt: skip
     qkv, gate, a, b = heads.parts(joint)
     o, _ = chunk_gated_delta_rule(
         *heads.by_heads(causal_conv1d(qkv, conv_weight, position_ids)),

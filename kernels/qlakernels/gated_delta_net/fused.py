@@ -1,9 +1,11 @@
 """The mixer on Hopper as one differentiable torch operator: kernels of its parts, launched one after the other.
 
-Kept for the backward, per token: joint as it came, o, and what the rule keeps (W, a state every 256 tokens). The
-backward makes what the convolution made of q and k anew, a pass over both, and the norm's output beside its gradients.
-All gradients of joint are written where they belong in one tensor.
+Kept for the backward, per token: joint as it came, o, what the rule keeps (W, a state every 256 tokens) and, if asked
+for, q and k as the rule had them; else a pass over both makes them anew. The norm's output is made anew beside its
+gradients. All gradients of joint are written where they belong in one tensor.
 """
+
+import os
 
 import torch
 
@@ -14,12 +16,14 @@ from qlakernels.operators import below_autograd, define, differentiate, differen
 from qlakernels.products import weight_gradient
 from qlakernels.short_conv.hopper import operator as convolution
 
+APART = int(os.environ.get("APART", "64"))  # channels between rows whose length in bytes is mostly a power of two: ...
 IN_OPERATOR = (True, True, True)  # normalised q and k, the decay and the step size made of raw gates
 
 
 def run(
-    joint, conv_weight, A_log, dt_bias, norm_weight, out_weight, heads, out_cast, eps, neg, position_ids, cu, cu_cpu
-):
+    joint, conv_weight, A_log, dt_bias, norm_weight, out_weight, heads, out_cast, eps, neg, position_ids, cu, cu_cpu,
+    keep_convolved,
+):  # fmt: skip
     """As `gated_delta_net`."""
     if cu is not None:
         cu = cu.to(joint.device, torch.int32, non_blocking=True)
@@ -27,75 +31,83 @@ def run(
     tensors = joint, conv_weight, A_log, dt_bias, norm_weight, out_weight
     keep = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     sizes = [heads.key_heads, heads.key_dim, heads.value_heads, heads.value_dim]
-    return _forward_op(*tensors, out_cast.detach(), position_ids, cu, sizes, eps, neg, keep)[0]
+    return _forward_op(*tensors, out_cast.detach(), position_ids, cu, sizes, eps, neg, keep, keep_convolved)[0]
 
 
-def _convolve(joint, conv_weight, position_ids, keep, channels):
-    """The first channels, [B, T, channels]."""
-    out = joint.new_empty(*joint.shape[:2], channels)
-    convolution.launch_forward(joint[..., :channels], conv_weight[:channels], position_ids, True, keep, out)
+def _convolve(joint, conv_weight, position_ids, keep, first, last):
+    """Channels from `first` to `last`, [B, T, last − first]."""
+    out = joint.new_empty(*joint.shape[:2], last - first)
+    convolution.launch_forward(joint[..., first:last], conv_weight[first:last], position_ids, True, keep, out)
     return out
 
 
 def _forward(
-    joint, conv_weight, A_log, dt_bias, norm_weight, out_weight, out_cast, position_ids, cu, sizes, eps, neg, keep
-):
-    """The output; o, W, states and the order of the documents for the backward, empty where it is not wanted."""
+    joint, conv_weight, A_log, dt_bias, norm_weight, out_weight, out_cast, position_ids, cu, sizes, eps, neg, keep,
+    keep_convolved,
+):  # fmt: skip
+    """The output; o, W, states, the order of the documents, and q and k side by side for the backward, empty where they
+    are not wanted."""
     heads = Heads(*sizes)
     _, z, a, b = heads.parts(joint)
-    q, k, v = heads.by_heads(_convolve(joint, conv_weight, position_ids, keep, heads.convolved))
+    together = _convolve(joint, conv_weight, position_ids, keep, 0, 2 * heads.keys)
+    q, k, _ = heads.by_heads(together)
+    v = _convolve(joint, conv_weight, position_ids, keep, 2 * heads.keys, heads.convolved).unflatten(-1, sizes[2:])
     o, _, W, states, _, order = rule._forward(
         q, k, v, a, b, cu, A_log, dt_bias, None, heads.key_dim**-0.5, False, *IN_OPERATOR, neg, keep
     )
     y = torch.empty_like(o)
     norm.launch_forward(o, z, norm_weight, eps, y)
-    return torch.matmul(y.flatten(-2), out_cast.t()), o if keep else o.new_empty(0), W, states, order
+    kept = o if keep else o.new_empty(0), W, states, order, together if keep and keep_convolved else o.new_empty(0)
+    return torch.matmul(y.flatten(-2), out_cast.t()), *kept
 
 
-def _forward_fake(joint, conv_weight, A_log, dt_bias, norm_weight, out_weight, out_cast, _, cu, sizes, eps, neg, keep):
+def _forward_fake(
+    joint, conv_weight, A_log, dt_bias, norm_weight, out_weight, out_cast, _, cu, sizes, eps, neg, keep, keep_convolved
+):
     heads, (batch, tokens) = Heads(*sizes), joint.shape[:2]
     q = joint.new_empty(batch, tokens, heads.key_heads, heads.key_dim)
     v = joint.new_empty(batch, tokens, heads.value_heads, heads.value_dim)
     o, _, W, states, _, order = rule._forward_fake(
         q, q, v, None, None, cu, A_log, dt_bias, None, 1.0, False, *IN_OPERATOR, neg, keep
     )
-    return joint.new_empty(batch, tokens, out_weight.shape[0]), o if keep else o.new_empty(0), W, states, order
+    together = joint.new_empty((batch, tokens, 2 * heads.keys) if keep and keep_convolved else 0)
+    kept = o if keep else o.new_empty(0), W, states, order, together
+    return joint.new_empty(batch, tokens, out_weight.shape[0]), *kept
 
 
 def _backward(
-    dout, joint, o, W, states, order, conv_weight, A_log, dt_bias, norm_weight, out_cast, position_ids, cu, sizes, eps,
-    neg, out_dtype,
+    dout, joint, o, W, states, order, together, conv_weight, A_log, dt_bias, norm_weight, out_cast, position_ids, cu,
+    sizes, eps, neg, out_dtype,
 ):  # fmt: skip
     """Gradients of joint, and of the weights: the filters', those of A_log and dt_bias as one [2, Hv], the norm's, all
     float32, and the output projection's."""
     heads = Heads(*sizes)
     _, z, a, b = heads.parts(joint)
     djoint = torch.empty_like(joint, memory_format=torch.contiguous_format)
-    dqkv, dz, da, db = heads.parts(djoint)
+    dx, dz, da, db = heads.parts(djoint)
     djoint[..., heads.joint[-1] :].zero_()
     dy, y, do = torch.matmul(dout, out_cast).view(o.shape), torch.empty_like(o), torch.empty_like(o)
     d_norm_weight = norm.launch_backward(dy, o, z, norm_weight, eps, do, dz, y)
     del dy
-    d_out_weight = weight_gradient(dout.flatten(0, 1), y.view(-1, heads.values), out_dtype)
-    del y
-    # of q and k alone: W is kept for v
-    q, k, _ = heads.by_heads(_convolve(joint, conv_weight, position_ids, True, 2 * heads.keys))
+    d_out_weight = []
+    if together.numel() == 0:  # of q and k alone: W is kept for v
+        together = _convolve(joint, conv_weight, position_ids, True, 0, 2 * heads.keys)
+    q, k, _ = heads.by_heads(together)
     first_states = states.new_empty(0, heads.value_heads, heads.value_dim, heads.key_dim)
-    together = joint.new_empty(joint.shape[0] * joint.shape[1] * heads.convolved)
-    *_, da_, db_, d_parameters, _ = rule._backward(
+    dqkv = joint.new_empty(*joint.shape[:2], heads.convolved + APART)[..., : heads.convolved]
+    *_, d_parameters, _ = rule._backward(
         q, k, a, b, W, states, first_states, do, None, cu, order, A_log, dt_bias, False, heads.key_dim**-0.5,
-        *IN_OPERATOR, neg, together,
+        *IN_OPERATOR, neg, None, (*heads.by_heads(dqkv), da, db),
+        lambda: d_out_weight.append(weight_gradient(dout.flatten(0, 1), y.view(-1, heads.values), out_dtype)),
     )  # fmt: skip
-    da.copy_(da_)
-    db.copy_(db_)
     x = joint[..., : heads.convolved]
-    d_conv_weight = convolution.launch_backward(together, x, conv_weight, position_ids, True, dqkv, heads.keys)
-    return djoint, d_conv_weight, d_parameters, d_norm_weight, d_out_weight
+    d_conv_weight = convolution.launch_backward(dqkv, x, conv_weight, position_ids, True, dx)
+    return djoint, d_conv_weight, d_parameters, d_norm_weight, *d_out_weight
 
 
 def _backward_fake(
-    dout, joint, o, W, states, order, conv_weight, A_log, dt_bias, norm_weight, out_cast, position_ids, cu, sizes, eps,
-    neg, out_dtype,
+    dout, joint, o, W, states, order, together, conv_weight, A_log, dt_bias, norm_weight, out_cast, position_ids, cu,
+    sizes, eps, neg, out_dtype,
 ):  # fmt: skip
     float32 = {"dtype": torch.float32}
     return (
@@ -110,14 +122,14 @@ def _backward_fake(
 _forward_op = define(
     "gated_delta_net(Tensor joint, Tensor conv_weight, Tensor A_log, Tensor dt_bias, Tensor norm_weight, "
     "Tensor out_weight, Tensor out_cast, Tensor? position_ids, Tensor? cu_seqlens, int[] sizes, float eps, bool neg, "
-    "bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "bool keep, bool keep_convolved) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
 )
 _backward_op = define(
     "gated_delta_net_backward(Tensor dout, Tensor joint, Tensor o, Tensor W, Tensor states, Tensor order, "
-    "Tensor conv_weight, Tensor A_log, Tensor dt_bias, Tensor norm_weight, Tensor out_cast, Tensor? position_ids, "
-    "Tensor? cu_seqlens, int[] sizes, float eps, bool neg, ScalarType out_dtype) "
+    "Tensor together, Tensor conv_weight, Tensor A_log, Tensor dt_bias, Tensor norm_weight, Tensor out_cast, "
+    "Tensor? position_ids, Tensor? cu_seqlens, int[] sizes, float eps, bool neg, ScalarType out_dtype) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
@@ -127,7 +139,7 @@ _backward_op = define(
 class _GatedDeltaNet(torch.autograd.Function):
     @staticmethod
     def forward(ctx, keyset, *inputs):
-        joint, *weights, out_weight, out_cast, position_ids, cu, sizes, eps, neg, _ = inputs
+        joint, *weights, out_weight, out_cast, position_ids, cu, sizes, eps, neg, _, _ = inputs
         outputs = below_autograd(_forward_op, keyset, *inputs)
         kept = outputs[1:]
         ctx.save_for_backward(joint, *kept, *weights, out_cast, position_ids, cu)
@@ -138,7 +150,7 @@ class _GatedDeltaNet(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout, *_):
-        _, _, _, _, _, conv_weight, A_log, dt_bias, norm_weight, *_ = ctx.saved_tensors
+        _, _, _, _, _, _, conv_weight, A_log, dt_bias, norm_weight, *_ = ctx.saved_tensors
         djoint, d_conv, d_parameters, d_norm, d_out = _backward_op(
             dout, *ctx.saved_tensors, *ctx.options, ctx.out_dtype
         )
@@ -150,13 +162,13 @@ class _GatedDeltaNet(torch.autograd.Function):
             d_parameters[1].to(dt_bias.dtype),
             d_norm.to(norm_weight.dtype),
             d_out,
-            *[None] * 7,
+            *[None] * 8,
         )
 
 
 def _autograd(keyset, *inputs):
-    """The last input says whether gradients are wanted."""
-    return _GatedDeltaNet.apply(keyset, *inputs) if inputs[-1] else below_autograd(_forward_op, keyset, *inputs)
+    """The last input but one says whether gradients are wanted."""
+    return _GatedDeltaNet.apply(keyset, *inputs) if inputs[-2] else below_autograd(_forward_op, keyset, *inputs)
 
 
 differentiate(_forward_op, _autograd)

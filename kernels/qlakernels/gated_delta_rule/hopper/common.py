@@ -17,7 +17,7 @@ from tilelang.cuda.intrinsics.macro.wgmma_macro_generator import (
 from tilelang.layout import Fragment, make_full_bank_swizzled_layout, make_half_bank_swizzled_layout
 from tvm import DataType
 
-from qlakernels.gated_delta_rule.hopper.sizes import CHUNK
+from qlakernels.gated_delta_rule.hopper.sizes import CHUNK, PIECE
 
 if tilelang.__version__.startswith("0.1.15"):
     # It fences the accumulators of all warpgroups in each of them, which reads past the end of a thread's registers
@@ -32,7 +32,6 @@ BETA_MIN = {"bfloat16": 2.0**-16, "float16": 2.0**-8}  # what W and dv are divid
 OMEGA_MIN = 2.0**-100
 LOG2E = 1.4426950408889634
 L2_EPS = 1e-6
-PIECE = 8  # elements of 16 bits in what is copied at once
 
 
 PRELUDE = """

@@ -22,6 +22,7 @@ PARTS = 8  # of a block's sum over tokens, added up side by side
 def gate_gradients_kernel(gate, sigmoid, raw_dtype, beta_dtype):
     tokens, heads, blocks = T.dynamic("tokens"), T.dynamic("heads"), T.dynamic("blocks")
     g_token, b_token = T.dynamic("g_token"), T.dynamic("b_token")
+    dg_token, db_token = T.dynamic("dg_token"), T.dynamic("db_token")
 
     @T.prim_func
     def gate_gradients(
@@ -31,8 +32,8 @@ def gate_gradients_kernel(gate, sigmoid, raw_dtype, beta_dtype):
         beta: T.StridedTensor((tokens, heads), (b_token, 1), beta_dtype),
         A_log: T.Tensor((heads,), "float32"),
         dt_bias: T.Tensor((heads,), "float32"),
-        dg_raw: T.Tensor((tokens, heads), raw_dtype),
-        dbeta_raw: T.Tensor((tokens, heads), beta_dtype),
+        dg_raw: T.StridedTensor((tokens, heads), (dg_token, 1), raw_dtype),
+        dbeta_raw: T.StridedTensor((tokens, heads), (db_token, 1), beta_dtype),
         sums: T.Tensor((2, blocks, heads), "float32"),
         beta_factor: T.float32,
     ):

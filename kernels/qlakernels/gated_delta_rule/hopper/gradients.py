@@ -57,7 +57,7 @@ from qlakernels.gated_delta_rule.hopper.common import (
     wait,
     weight_of_W,
 )
-from qlakernels.gated_delta_rule.hopper.sizes import CHUNK, PART, STATE_STRIDE, value_parts
+from qlakernels.gated_delta_rule.hopper.sizes import CHUNK, PART, PIECE, STATE_STRIDE, value_parts
 
 VECTORS = 13
 TOTAL, SHIFTED, COLUMN, ROW_F, ROW_H, ROW_A, ROW_B, ROW_E, CHI_2, KAPPA_2, BETA, BAR, OMEGA = range(VECTORS)
@@ -79,6 +79,8 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
     q_token, q_head = T.dynamic("q_token"), T.dynamic("q_head")
     k_token, k_head = T.dynamic("k_token"), T.dynamic("k_head")
     o_token, o_head = T.dynamic("o_token"), T.dynamic("o_head")
+    dq_pieces, dk_pieces, dv_pieces = (T.dynamic(x) for x in ("dq_pieces", "dk_pieces", "dv_pieces"))
+    v_token, v_head = T.dynamic("v_token"), T.dynamic("v_head")
 
     @T.macro
     def bring_rows(source, tiles, full, rows, p, first, head, columns, left):
@@ -110,14 +112,14 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
             bring_states(first_states, document * with_first, head, columns, both, tile_0, tile_1, full)
 
     @T.macro
-    def repair(dv, dv_s, tiny, vec, stage, tile, first, left, head, columns):
+    def repair(dv, dv_s, tiny, vec, stage, tile, first, left, token_step, base, columns):
         """dv ← β/β̄ ∘ dv for two parts, if any β of the chunk is tiny."""
         if tiny[stage, 0] + tiny[stage, 1] > 0:
             for row in T.serial(C):
                 if vec[stage, BETA, row] < vec[stage, BAR, row] and row < left:
                     for j in T.Parallel(2 * part):
                         if columns + j < V:
-                            dv[first + row, head, columns + j] = (
+                            dv[(first + row) * token_step + base + (columns + j) // PIECE, (columns + j) % PIECE] = (
                                 T.cast(dv_s[tile + j // part, row, j % part], "float32")
                                 * vec[stage, BETA, row]
                                 / vec[stage, BAR, row]
@@ -185,7 +187,7 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
         k: T.StridedTensor((tokens, groups, K), (k_token, k_head, 1), dtype),
         do: T.StridedTensor((tokens, heads, V), (o_token, o_head, 1), dtype),
         W: T.Tensor((tokens, heads, V), dtype),
-        dv: T.Tensor((tokens, heads, V), dtype),
+        dv: T.StridedTensor((tokens, heads, V), (v_token, v_head, 1), dtype),
         states: T.Tensor((kept, heads, V, K), dtype),
         first_states: T.Tensor((firsts, heads, V, K), dtype),
         d_states: T.Tensor((slots, heads, V, K), dtype),
@@ -193,10 +195,17 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
         norms: T.Tensor((slots, groups, 2, C), "float32"),
         cu_seqlens: T.Tensor((documents + 1,), "int32"),
         scratch: T.Tensor((places, members, parts * part, K), dtype),
-        dq: T.Tensor((tokens, groups, K), dtype),
-        dk: T.Tensor((tokens, groups, K), dtype),
+        dv_again: T.Tensor((dv_pieces, PIECE), dtype),  # dv as it is written, like dq and dk
+        dq: T.Tensor((dq_pieces, PIECE), dtype),
+        dk: T.Tensor((dk_pieces, PIECE), dtype),
         dg: T.Tensor((tokens, heads), "float32"),
         dbeta: T.Tensor((tokens, heads), "float32"),
+        dv_token: T.int32,  # steps between tokens and heads of what is written, in pieces
+        dv_head: T.int32,
+        dq_token: T.int32,
+        dq_head: T.int32,
+        dk_token: T.int32,
+        dk_head: T.int32,
         scale: T.float32,
         steps: T.int32,
         ratio: T.int32,
@@ -361,8 +370,8 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
                                         T.wgmma_gemm(do_s[rows % 2 * 2 + 1, :, :], S_1, work_q)
                                     T.wait_wgmma(0)
                                     repair(
-                                        dv, dv_s, tiny_s, vec, step % 2, rows % 2 * 2,
-                                        first, left, head, pair * 2 * part,
+                                        dv_again, dv_s, tiny_s, vec, step % 2, rows % 2 * 2,
+                                        first, left, dv_token, head * dv_head, pair * 2 * part,
                                     )  # fmt: skip
                                     release_tiles()
                                     arrive(S_empty, 0)
@@ -391,7 +400,7 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
                             arrive(keys_empty, 0)
                             for i, j in T.Parallel(C, K):
                                 if i < left:
-                                    dq[first + i, group, j] = dQ[i, j]
+                                    dq[(first + i) * dq_token + group * dq_head + j // PIECE, j % PIECE] = dQ[i, j]
                             chunk += 1
             elif thread < 256:
                 T.set_max_nreg(budgets[1], 1)
@@ -486,7 +495,7 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
                             arrive(keys_empty, 0)
                             for i, j in T.Parallel(C, K):
                                 if i < left:
-                                    dk[first + i, group, j] = dK[i, j]
+                                    dk[(first + i) * dk_token + group * dk_head + j // PIECE, j % PIECE] = dK[i, j]
                             chunk += 1
             else:
                 T.set_max_nreg(56, 0)

@@ -8,8 +8,9 @@ Documents are told apart on the device alone: nothing here reads the values of `
 
 import math
 from collections.abc import Callable
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import cache
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,15 @@ import torch
 from qlakernels.compiled import launchers
 from qlakernels.gated_delta_rule.hopper.constants import constant, equal_rows, zero_states, zeros
 from qlakernels.gated_delta_rule.hopper.kernels import rows_of_many_scans, specialisations
-from qlakernels.gated_delta_rule.hopper.sizes import CHUNK, GATE_TOKENS, PART, STATE_STRIDE, VECTORS, value_parts
+from qlakernels.gated_delta_rule.hopper.sizes import (
+    CHUNK,
+    GATE_TOKENS,
+    PART,
+    PIECE,
+    STATE_STRIDE,
+    VECTORS,
+    value_parts,
+)
 from qlakernels.operators import below_autograd, define, differentiate, differentiate_no_further
 
 LEAST_SEGMENT = 1024  # tokens; with shorter ones, or fewer to a document, the stitching costs more than it gains
@@ -154,8 +163,8 @@ class Plan(NamedTuple):
         return self.segment > 0
 
 
-def _plan(q: torch.Tensor, cu_seqlens: torch.Tensor | None, heads: int, value_dim: int) -> Plan:
-    """q [B, T, Hk, K], `heads` of values.
+def _plan(q: torch.Tensor, cu_seqlens: torch.Tensor | None, heads: int, value_dim: int, alone: bool = True) -> Plan:
+    """q [B, T, Hk, K], `heads` of values. `alone`: nothing else is to run on multiprocessors that a scan leaves.
 
     Blocks of 128 rows share one N and P and the tiles of q and k. Where there is room for several times as many,
     documents are cut into segments that fill the chip once; short ones are taken by blocks of 64. How long packed
@@ -174,7 +183,7 @@ def _plan(q: torch.Tensor, cu_seqlens: torch.Tensor | None, heads: int, value_di
     section = -(-segment // (sections * STATE_STRIDE)) * STATE_STRIDE
     segment = sections * section
     if segment >= longest:
-        return Plan(64 if documents * blocks * 2 <= chip else part, documents)
+        return Plan(64 if alone and documents * blocks * 2 <= chip else part, documents)
     return Plan(part, rows * longest // segment + documents, segment, section)
 
 
@@ -374,14 +383,27 @@ def _backward(
     gate,
     sigmoid,
     neg,
+    v_strides,
     into=None,
+    beside=None,
 ):
     """Returns dq, dk, dv, dg, dbeta (of the raw inputs), those of A_log and dt_bias as one [2, Hv], d_initial_state.
 
-    into: where dq, dk and dv are to lie, one behind the other, B·T·(2·Hk·K + Hv·V) elements; by themselves if None.
+    into: what dq, dk, dv, dg and dbeta are written to, all [B, T, ...], slices of longer rows among them. Without it
+    the first three are laid out as `laid_out_as` says.
+    beside: launches work that needs nothing of this and leaves nothing for it; it runs beside the reverse scan where
+    that leaves half of the multiprocessors, else in front of it.
     """
-    documents, shape = _documents(q, cu_seqlens), q.shape[:2]
-    plan = _plan(q, cu_seqlens, *W.shape[1:])
+    documents = _documents(q, cu_seqlens)
+    plan = _plan(q, cu_seqlens, *W.shape[1:], alone=beside is None)
+    whole = into or (
+        laid_out_as(q, q.shape, q.stride()),
+        laid_out_as(q, k.shape, k.stride()),
+        laid_out_as(q, do.shape, v_strides),
+        torch.empty_like(g, memory_format=torch.contiguous_format),
+        torch.empty_like(beta, memory_format=torch.contiguous_format),
+    )
+    dq, dk, dv, dg, dbeta = map(_in_place, whole)
     launch = _launchers(
         k.shape[3], W.shape[2], q.dtype, l2norm, gate, sigmoid, g.dtype, beta.dtype, True, plan.part, plan.cut,
     )  # fmt: skip
@@ -395,47 +417,51 @@ def _backward(
     gates, norms = _gates_and_norms(q, slots, heads, groups)
     options, steps = (scale, 2.0 if neg else 1.0), _steps(documents)
     d_states = q.new_empty(slots, heads, value_dim, key_dim)
-    if into is None:
-        dq, dk = (torch.empty(tokens, groups, key_dim, dtype=q.dtype, device=q.device) for _ in range(2))
-        dv = torch.empty_like(W)
-    else:
-        of_keys = tokens * groups * key_dim
-        dq, dk, dv = into.split([of_keys, of_keys, W.numel()])
-        dq, dk, dv = dq.view(tokens, groups, key_dim), dk.view(tokens, groups, key_dim), dv.view(W.shape)
     d_initial_state = gates.new_empty(documents if with_initial_state else 0, heads, key_dim, value_dim)
     if d_final_state is None:
         d_final_state = gates.new_empty(0, heads, key_dim, value_dim)
     d_final_state = d_final_state.contiguous()
     raw = g, beta, A_log, dt_bias, cu_seqlens
+    blocks = plan.turns * heads * -(-value_dim // plan.part)
+    leaves_half = not plan.cut and 2 * blocks <= _multiprocessors(q.device)
+    if beside is not None and not leaves_half:
+        beside()
     section_states = _enter_segments(launch, plan, True, q, k, do, *raw, d_final_state, options, steps)
-    launch["reverse"](
-        q,
-        k,
-        do,
-        g,
-        beta,
-        A_log,
-        dt_bias,
-        cu_seqlens,
-        order,
-        d_final_state,
-        dv,
-        d_states,
-        d_initial_state,
-        gates,
-        norms,
-        section_states,
-        *options,
-        ratio,
-        plan.turns,
-        plan.segment,
-        plan.section,
-        steps,
+    with _first(q.device, beside) if beside is not None and leaves_half else nullcontext():
+        launch["reverse"](
+            q,
+            k,
+            do,
+            g,
+            beta,
+            A_log,
+            dt_bias,
+            cu_seqlens,
+            order,
+            d_final_state,
+            dv,
+            d_states,
+            d_initial_state,
+            gates,
+            norms,
+            section_states,
+            *options,
+            ratio,
+            plan.turns,
+            plan.segment,
+            plan.section,
+            steps,
+        )
+    raw_gates = "gate_gradients" in launch
+    # those that the kernel of the raw gates reads, or whoever wants them
+    dg_inside, dbeta_inside = (
+        x if x.dtype == torch.float32 and x.is_contiguous() and not raw_gates else gates.new_empty(tokens, heads)
+        for x in (dg, dbeta)
     )
-    dg, dbeta = (gates.new_empty(tokens, heads) for _ in range(2))
     with_first = first_states.numel() > 0
     workers = _multiprocessors(q.device)
     scratch = q.new_empty(workers, ratio, value_parts(value_dim) * PART, key_dim)
+    written, steps_written = zip(*map(_in_pieces, (dv, dq, dk)), strict=True)
     launch["gradients"](
         q,
         k,
@@ -451,30 +477,64 @@ def _backward(
         norms,
         cu_seqlens,
         scratch,
-        dq,
-        dk,
-        dg,
-        dbeta,
+        *written,
+        dg_inside,
+        dbeta_inside,
+        *chain.from_iterable(steps_written),
         scale,
         steps,
         ratio,
         workers,
         int(with_first),
     )
-    dg, dbeta, d_parameters = _of_raw_gates(launch, dg, dbeta, g, beta, A_log, dt_bias, gate, neg)
-    whole = (x.view(*shape, *x.shape[1:]) for x in (dq, dk, dv, dg, dbeta))  # [B, T, ...]
+    d_parameters = gates.new_empty(0, heads)
+    if raw_gates:
+        sums = gates.new_empty(2, -(-tokens // GATE_TOKENS), heads)
+        launch["gate_gradients"](dg_inside, dbeta_inside, g, beta, A_log, dt_bias, dg, dbeta, sums, options[1])
+        if gate:
+            d_parameters = sums.sum(1)
+    else:
+        for x, inside in ((dg, dg_inside), (dbeta, dbeta_inside)):
+            if x is not inside:
+                x.copy_(inside)
     return *whole, d_parameters, d_initial_state
 
 
-def _of_raw_gates(launch, dg, dbeta, g, beta, A_log, dt_bias, gate, neg):
-    """From dg and dbeta, float32: those of the raw inputs in the inputs' dtypes, and of A_log and dt_bias [2, Hv]."""
-    if "gate_gradients" not in launch:
-        return dg.to(g.dtype), dbeta.to(beta.dtype), dg.new_empty(0, dg.shape[1])
-    tokens, heads = dg.shape
-    dg_raw, dbeta_raw = g.new_empty(g.shape), beta.new_empty(beta.shape)
-    sums = dg.new_empty(2, -(-tokens // GATE_TOKENS), heads)
-    launch["gate_gradients"](dg, dbeta, g, beta, A_log, dt_bias, dg_raw, dbeta_raw, sums, 2.0 if neg else 1.0)
-    return dg_raw, dbeta_raw, sums.sum(1) if gate else dg.new_empty(0, heads)
+@cache
+def _urgent_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device, priority=-1)
+
+
+@contextmanager
+def _first(device: torch.device, beside: Callable[[], None]):
+    """What is launched inside gets multiprocessors before what `beside` launches, and both run side by side."""
+    here, urgent = torch.cuda.current_stream(device), _urgent_stream(device)
+    urgent.wait_stream(here)
+    with torch.cuda.stream(urgent):
+        yield
+    beside()
+    here.wait_stream(urgent)
+
+
+def laid_out_as(like: torch.Tensor, shape: tuple[int, ...], strides: tuple[int, ...]) -> torch.Tensor:
+    """Empty [B, T, H, D], contiguous, or with heads outside of tokens if a tensor of these strides is like that."""
+    batch, tokens, heads, dim = shape
+    heads_outside = tuple(strides[1:]) == (dim, batch * tokens * dim, 1) and (batch == 1 or strides[0] == tokens * dim)
+    if heads > 1 and heads_outside:
+        return like.new_empty(heads, batch, tokens, dim).permute(1, 2, 0, 3)
+    return like.new_empty(shape)
+
+
+def _in_pieces(x: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
+    """x [N, H, D] from its first number to its last in pieces of 16 bytes, and the steps between tokens and heads."""
+    (tokens, heads, dim), (token, head, _) = x.shape, x.stride()
+    numbers = (tokens - 1) * token + (heads - 1) * head + dim
+    return x.as_strided((numbers // PIECE, PIECE), (PIECE, 1)), (token // PIECE, head // PIECE)
+
+
+def _in_place(x: torch.Tensor) -> torch.Tensor:
+    """[B, T, ...] as [B·T, ...], a view that kernels can write to."""
+    return x.view(x.shape[0] * x.shape[1], *x.shape[2:])
 
 
 def _backward_fake(
@@ -497,12 +557,13 @@ def _backward_fake(
     gate,
     sigmoid,
     neg,
+    v_strides,
 ):
     heads, value_dim = W.shape[1:]
     return (
-        q.new_empty(q.shape),
-        q.new_empty(k.shape),
-        q.new_empty(do.shape),
+        laid_out_as(q, q.shape, q.stride()),
+        laid_out_as(q, k.shape, k.stride()),
+        laid_out_as(q, do.shape, v_strides),
         g.new_empty(g.shape),
         beta.new_empty(beta.shape),
         q.new_empty(2 if gate else 0, heads, dtype=torch.float32),
@@ -522,7 +583,8 @@ _forward_op = define(
 _backward_op = define(
     "gated_delta_rule_backward(Tensor q, Tensor k, Tensor g, Tensor beta, Tensor W, Tensor states, "
     "Tensor first_states, Tensor do, Tensor? d_final_state, Tensor? cu_seqlens, Tensor order, Tensor? A_log, "
-    "Tensor? dt_bias, bool with_initial_state, float scale, bool l2norm, bool gate, bool sigmoid, bool neg) "
+    "Tensor? dt_bias, bool with_initial_state, float scale, bool l2norm, bool gate, bool sigmoid, bool neg, "
+    "SymInt[] v_strides) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
@@ -533,13 +595,13 @@ class _GatedDeltaRule(torch.autograd.Function):
     @staticmethod
     def forward(ctx, keyset, *inputs):
         output = below_autograd(_forward_op, keyset, *inputs)
-        q, k, _, g, beta, cu_seqlens, A_log, dt_bias, initial_state, scale, final, *options, _ = inputs
+        q, k, v, g, beta, cu_seqlens, A_log, dt_bias, initial_state, scale, final, *options, _ = inputs
         _, _, W, states, first_states, order = output
         ctx.save_for_backward(q, k, g, beta, W, states, first_states, cu_seqlens, order, A_log, dt_bias)
         ctx.mark_non_differentiable(W, states, first_states, order)
         ctx.set_materialize_grads(False)
         ctx.with_initial_state, ctx.with_final_state = initial_state is not None, final
-        ctx.scale, ctx.options = scale, options
+        ctx.scale, ctx.options, ctx.v_strides = scale, options, v.stride()
         return output
 
     @staticmethod
@@ -549,7 +611,7 @@ class _GatedDeltaRule(torch.autograd.Function):
             do = torch.zeros_like(W).unflatten(0, q.shape[:2])
         dq, dk, dv, dg, dbeta, d_parameters, d_initial_state = _backward_op(
             q, k, g, beta, W, states, first_states, do, d_final_state if ctx.with_final_state else None, cu_seqlens,
-            order, A_log, dt_bias, ctx.with_initial_state, ctx.scale, *ctx.options,
+            order, A_log, dt_bias, ctx.with_initial_state, ctx.scale, *ctx.options, ctx.v_strides,
         )  # fmt: skip
         return (
             None,

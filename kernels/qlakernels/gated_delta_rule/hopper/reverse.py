@@ -72,6 +72,7 @@ def reverse_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
     q_token, q_head = T.dynamic("q_token"), T.dynamic("q_head")
     k_token, k_head = T.dynamic("k_token"), T.dynamic("k_head")
     o_token, o_head = T.dynamic("o_token"), T.dynamic("o_head")
+    dv_token, dv_head = T.dynamic("dv_token"), T.dynamic("dv_head")
     g_token, b_token = T.dynamic("g_token"), T.dynamic("b_token")
     cuts = T.dynamic("cuts")
 
@@ -87,7 +88,7 @@ def reverse_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
         cu_seqlens: T.Tensor((documents + 1,), "int32"),
         order: T.Tensor((documents,), "int32"),
         d_final_state: T.Tensor((ends, heads, K, V), "float32"),
-        dv: T.Tensor((tokens, heads, V), dtype),
+        dv: T.StridedTensor((tokens, heads, V), (dv_token, dv_head, 1), dtype),
         d_states: T.Tensor((slots, heads, V, K), dtype),
         d_initial_state: T.Tensor((starts, heads, K, V), "float32"),
         gates: T.Tensor((slots, heads, 2, C), "float32"),

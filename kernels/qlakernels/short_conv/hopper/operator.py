@@ -90,19 +90,14 @@ def launch_forward(x, weight, position_ids, silu, keep, y) -> None:
     )
 
 
-def launch_backward(dy, x, weight, position_ids, silu, dx, section: int = 0) -> torch.Tensor:
-    """dx ← the gradient of x, [B, T, D], perhaps a slice of longer rows; returns that of the weight, float32 [D, W].
-
-    dy: [B, T, D]; or, with `section`, contiguous numbers: of the first `section` channels of all tokens, behind them of
-    as many more, then of the rest.
-    """
+def launch_backward(dy, x, weight, position_ids, silu, dx) -> torch.Tensor:
+    """dx ← the gradient of x; returns that of the weight, float32 [D, W]. dy, x and dx [B, T, D], slices of longer rows
+    among them."""
     (batch, length, channels), C = x.shape, CHANNELS["backward"]
     tokens = batch * length
-    assert section % C == 0
     weight, positions = _weight_and_positions(x, weight, position_ids)
     launch = _launchers(weight.shape[1], x.dtype, weight.dtype, positions.dtype, silu, True)
-    (x_row, x_step), (dx_row, dx_step) = as_row(x), as_row(dx)
-    dy_row, dy_step = (dy.view(-1), 0) if section else as_row(dy)
+    (dy_row, dy_step), (x_row, x_step), (dx_row, dx_step) = as_row(dy), as_row(x), as_row(dx)
     assert dx_row.data_ptr() == dx.data_ptr(), "the rows of dx begin at multiples of 16 bytes"
     stretch = stretch_of("backward", tokens, channels)
     sums = x.new_empty(-(-tokens // stretch), channels // C, weight.shape[1] * C, dtype=torch.float32)
@@ -114,7 +109,6 @@ def launch_backward(dy, x, weight, position_ids, silu, dx, section: int = 0) -> 
         dx_row,
         sums,
         dy_step // C,
-        section // C,
         x_step // C,
         dx_step // C,
         tokens,
