@@ -65,10 +65,15 @@ def of_a_model(key_dim: int, value_dim: int, hidden: int, dtype: str) -> list[tu
 
 
 def of_the_residual(hidden: int, dtype: str) -> list[tuple]:
-    """The norms of a residual stream, the first without a delta, over float32 weights."""
+    """The norms of a residual stream, the first without a delta, over float32 weights: in front of products, which have
+    the normed rows made again, and of what keeps them."""
     from qlakernels.residual_norm.hopper.kernels import specialisations
 
-    return [k for delta in (False, True) for k in specialisations(hidden, dtype, "float32", delta, True).values()]
+    needed = []
+    for delta in (False, True):
+        for with_normed in (False, True):
+            needed += specialisations(hidden, dtype, "float32", delta, True, with_normed).values()
+    return list(dict.fromkeys(needed))
 
 
 def beside_the_rule(dtypes: list[str], value_dims: set[int]) -> list[tuple]:

@@ -71,9 +71,13 @@ class _Product(torch.autograd.Function):
     def backward(ctx, dy):
         x, cast = ctx.saved_tensors
         dx = torch.matmul(dy, cast) if ctx.needs_input_grad[0] else None
-        gradients = [None] * len(ctx.rows)
-        if any(ctx.needs_input_grad[2:]):
-            used = dy.flatten(0, -2)[:, : sum(ctx.rows)]
-            together = weight_gradient(used, x.flatten(0, -2), ctx.dtypes[0])
-            gradients = [g.to(dtype) for g, dtype in zip(together.split(ctx.rows), ctx.dtypes, strict=True)]
-        return dx, None, *gradients
+        return dx, None, *weight_gradients(dy, x, ctx.rows, ctx.dtypes, ctx.needs_input_grad[2:])
+
+
+def weight_gradients(dy, x, rows, dtypes, wanted) -> list[torch.Tensor | None]:
+    """Of weights below each other, with so many rows each, from dy [..., D_out] and x [..., D_in]: of all in one
+    product, if one is wanted."""
+    if not any(wanted):
+        return [None] * len(rows)
+    together = weight_gradient(dy.flatten(0, -2)[:, : sum(rows)], x.flatten(0, -2), dtypes[0])
+    return [gradient.to(dtype) for gradient, dtype in zip(together.split(rows), dtypes, strict=True)]

@@ -22,7 +22,7 @@ from qlatrain.models.documents import Documents, with_rows
 from qlatrain.models.head import embed_tied, linear_cross_entropy
 from qlatrain.models.initialization import initialize
 from qlatrain.models.joint import Joint, cast_dtype, joints
-from qlatrain.models.layers import MLP, Block, DeltaRuleMixer, RMSNorm, rotary_table
+from qlatrain.models.layers import MLP, Block, DeltaRuleMixer, RMSNorm, normed, rotary_table
 from qlatrain.models.olmo_hybrid import OlmoRMSNorm, olmo_block
 
 LOGITS_AT_ONCE = 2**26  # elements of float32 logits held at a time: 256 MB
@@ -73,10 +73,11 @@ class HybridModel(nn.Module):
         delta_BTD = None  # what is yet to be added to x
         for layer in self.layers:
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x_BTD, delta_BTD = checkpoint(layer, x_BTD, delta_BTD, documents, rotary, use_reentrant=False)
+                x_BTD = x_BTD if delta_BTD is None else x_BTD + delta_BTD  # one tensor is kept, not two
+                x_BTD, delta_BTD = checkpoint(layer, x_BTD, None, documents, rotary, use_reentrant=False)
             else:
                 x_BTD, delta_BTD = layer(x_BTD, delta_BTD, documents, rotary)
-        return self.norm.after(x_BTD, delta_BTD)[1]
+        return normed(self.norm, x_BTD, delta_BTD)[1]
 
     def rotary(self, position_ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor] | None:
         """The table of all layers; None for a model without positions."""

@@ -78,7 +78,11 @@ class Joint:
         """The output of each."""
         if self.cast is None:
             return tuple(layer(x) for layer in self.layers())
-        return self._parts(self(x), -1)
+        return self.split(self(x))
+
+    def split(self, products: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The output of each, of those side by side."""
+        return self._parts(products, -1)
 
     def layers(self) -> tuple[nn.Module, ...]:
         return tuple(getattr(self._owner, name) for name in self._names)

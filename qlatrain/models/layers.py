@@ -11,8 +11,9 @@ from torch.utils.checkpoint import checkpoint
 from qlakernels import add_rms_norm, causal_conv1d, chunk_gated_delta_rule, gated_delta_net, rms_norm_gated
 from qlakernels.backends import select
 from qlakernels.gated_delta_net.api import OPERATOR, Heads, call_of, refuses_tilelang
+from qlakernels.residual_norm import normed_product
 from qlakernels.swiglu import api as swiglu
-from qlakernels.swiglu import swiglu_mlp
+from qlakernels.swiglu import swiglu_down, swiglu_mlp
 from qlatrain.config import ModelConfig
 from qlatrain.models.attention import packed_causal_attention
 from qlatrain.models.joint import Joint
@@ -26,12 +27,32 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.zeros(dim))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x.float(), x.shape[-1:], 1.0 + self.weight.float(), self.eps).type_as(x)
+    offset = 1.0  # of the weight
 
-    def after(self, x: torch.Tensor, delta: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """(x + delta, the norm of it): the end of a residual branch and the start of the next. delta of any dtype."""
-        return add_rms_norm(x, None if delta is None else delta.to(x.dtype), self.weight, self.eps, offset=1.0)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x.float(), x.shape[-1:], self.offset + self.weight.float(), self.eps).type_as(x)
+
+
+def normed(norm: nn.Module, x: torch.Tensor, delta: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x + delta, its norm), delta of any dtype; norm: one that has a weight, an `offset` of it and an `eps`."""
+    delta = None if delta is None else delta.to(x.dtype)
+    return add_rms_norm(x, delta, norm.weight, norm.eps, norm.offset)
+
+
+def branch(
+    norm: nn.Module, part: nn.Module, x: torch.Tensor, delta: torch.Tensor | None, *rest
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The next branch of a residual stream that is x + delta: (x + delta, what the part makes of its norm).
+
+    Where the part's first projections are one product, the normed rows are not kept for the backward.
+    """
+    if part.takes_products:
+        delta = None if delta is None else delta.to(x.dtype)
+        weights, cast = part.joint_in.weights(), part.joint_in.cast
+        x, products = normed_product(x, delta, norm.weight, norm.eps, weights, cast, norm.offset)
+        return x, part.of_products(products, *rest)
+    x, y = normed(norm, x, delta)
+    return x, part(y, *rest)
 
 
 class GatedRMSNorm(nn.Module):
@@ -111,9 +132,11 @@ class DeltaRuleMixer(nn.Module):
         if self.goes_as_one:
             select(OPERATOR, self.backend, call_of(joint, self.conv1d.weight.shape[-1], self.heads))
 
-    def as_one(self, x_BTD: torch.Tensor, documents, norm: GatedRMSNorm) -> torch.Tensor:
-        (out_weight,) = self.joint_out.weights()
-        joint_BTC, rows = self.joint_in(x_BTD), documents.rows
+    takes_products = goes_as_one
+
+    def as_one(self, joint_BTC: torch.Tensor, documents, norm: GatedRMSNorm) -> torch.Tensor:
+        """joint: the input projections side by side."""
+        (out_weight,), rows = self.joint_out.weights(), documents.rows
         packed = {
             "position_ids": documents.position_ids,
             "cu_seqlens": documents.cu_seqlens,
@@ -134,7 +157,7 @@ class DeltaRuleMixer(nn.Module):
             backend=self.backend,
             **(packed if rows is None else {}),
         )
-        return out_BTD.view(x_BTD.shape)
+        return out_BTD.view(*joint_BTC.shape[:2], -1)
 
     def delta_rule(self, q_BTC, k_BTC, v_BTC, a_BTH, b_BTH, documents) -> torch.Tensor:
         """Convolved q, k and v of all heads side by side, raw decay a and raw step size b → [B, T, H, V]."""
@@ -173,9 +196,12 @@ class GatedDeltaNet(DeltaRuleMixer):
         self.joint_in = Joint(self, "in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b")
         self.joint_out = Joint(self, "out_proj")
 
+    def of_products(self, joint_BTC: torch.Tensor, documents) -> torch.Tensor:
+        return self.as_one(joint_BTC, documents, self.norm)
+
     def forward(self, x_BTD: torch.Tensor, documents) -> torch.Tensor:
         if self.goes_as_one:
-            return self.as_one(x_BTD, documents, self.norm)
+            return self.of_products(self.joint_in(x_BTD), documents)
         qkv_BTC = self.conv1d(self.in_proj_qkv(x_BTD), documents.position_ids)
         q_BTC, k_BTC, v_BTC = qkv_BTC.split([self.key_dim, self.key_dim, self.value_dim], dim=-1)
         o_BTHV = self.delta_rule(q_BTC, k_BTC, v_BTC, self.in_proj_a(x_BTD), self.in_proj_b(x_BTD), documents)
@@ -199,8 +225,17 @@ class GatedAttention(nn.Module):
         self.joint_in = Joint(self, "q_proj", "k_proj", "v_proj")
         self.joint_out = Joint(self, "o_proj")
 
+    @property
+    def takes_products(self) -> bool:
+        return self.joint_in.cast is not None
+
+    def of_products(self, joint_BTC: torch.Tensor, documents, rotary) -> torch.Tensor:
+        return self._attend(*self.joint_in.split(joint_BTC), documents, rotary)
+
     def forward(self, x_BTD: torch.Tensor, documents, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        q_BTC, k_BTC, v_BTC = self.joint_in.apart(x_BTD)
+        return self._attend(*self.joint_in.apart(x_BTD), documents, rotary)
+
+    def _attend(self, q_BTC, k_BTC, v_BTC, documents, rotary) -> torch.Tensor:
         q_BTHK, gate_BTHK = q_BTC.unflatten(-1, (-1, 2 * self.head_dim)).chunk(2, dim=-1)
         k_BTHK = k_BTC.unflatten(-1, (-1, self.head_dim))
         v_BTHK = v_BTC.unflatten(-1, (-1, self.head_dim))
@@ -246,14 +281,26 @@ class MLP(nn.Module):
         self.joint_out = Joint(self, "down_proj")
         self.keep_products = True  # for the backward; else they are made anew
 
+    @property
+    def is_cast(self) -> bool:
+        return self.joint_in.cast is not None and self.joint_out.cast is not None
+
+    @property
+    def takes_products(self) -> bool:
+        return self.is_cast and self.keep_products
+
     def decide(self, x_BTD: torch.Tensor) -> None:
         """As that of a mixer."""
-        if self.joint_in.cast is not None and self.joint_out.cast is not None:
+        if self.is_cast:
             together = x_BTD.new_empty(0, 2 * self.down_proj.in_features)
             select(swiglu.OPERATOR, "auto", swiglu.call_of(together))
 
+    def of_products(self, together_BTF: torch.Tensor) -> torch.Tensor:
+        (down_weight,) = self.joint_out.weights()
+        return swiglu_down(together_BTF[..., : 2 * self.down_proj.in_features], down_weight, self.joint_out.unpadded)
+
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        if self.joint_in.cast is not None and self.joint_out.cast is not None:
+        if self.is_cast:
             cast, down_cast = self.joint_in.unpadded, self.joint_out.unpadded
             (down_weight,) = self.joint_out.weights()
             weights = self.joint_in.weights()
@@ -286,10 +333,8 @@ class Block(nn.Module):
         self, x_BTD: torch.Tensor, delta_BTD: torch.Tensor | None, documents, rotary: tuple[torch.Tensor, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The residual stream is x + delta, coming in and going out: the next norm adds them as it reads them."""
-        x_BTD, normed_BTD = self.input_layernorm.after(x_BTD, delta_BTD)
         if self.kind == "gdn":
-            delta_BTD = self.linear_attn(normed_BTD, documents)
+            x_BTD, delta_BTD = branch(self.input_layernorm, self.linear_attn, x_BTD, delta_BTD, documents)
         else:
-            delta_BTD = self.self_attn(normed_BTD, documents, rotary)
-        x_BTD, normed_BTD = self.post_attention_layernorm.after(x_BTD, delta_BTD)
-        return x_BTD, self.mlp(normed_BTD)
+            x_BTD, delta_BTD = branch(self.input_layernorm, self.self_attn, x_BTD, delta_BTD, documents, rotary)
+        return branch(self.post_attention_layernorm, self.mlp, x_BTD, delta_BTD)

@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from qlakernels import add_rms_norm, causal_conv1d
+from qlakernels import causal_conv1d
 from qlatrain.config import ModelConfig
 from qlatrain.models.attention import packed_causal_attention
 from qlatrain.models.joint import Joint
-from qlatrain.models.layers import MLP, DeltaRuleMixer, GatedRMSNorm, ShortConvolution, apply_rotary
+from qlatrain.models.layers import MLP, DeltaRuleMixer, GatedRMSNorm, ShortConvolution, apply_rotary, branch
 
 GATED_NORM_EPS = 1e-5  # that of FLA's layer, which OLMo-core trains with, whatever rms_norm_eps says
 
@@ -28,12 +28,10 @@ class OlmoRMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
 
+    offset = 0.0  # of the weight
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps).type_as(x)
-
-    def after(self, x: torch.Tensor, delta: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """(x + delta, the norm of it); delta of any dtype."""
-        return add_rms_norm(x, None if delta is None else delta.to(x.dtype), self.weight, self.eps)
 
 
 class OlmoGatedDeltaNet(DeltaRuleMixer):
@@ -54,9 +52,12 @@ class OlmoGatedDeltaNet(DeltaRuleMixer):
         self.joint_in = Joint(self, "q_proj", "k_proj", "v_proj", "g_proj", "a_proj", "b_proj")
         self.joint_out = Joint(self, "o_proj")
 
+    def of_products(self, joint_BTC: torch.Tensor, documents) -> torch.Tensor:
+        return self.as_one(joint_BTC, documents, self.o_norm)
+
     def forward(self, x_BTD: torch.Tensor, documents) -> torch.Tensor:
         if self.goes_as_one:
-            return self.as_one(x_BTD, documents, self.o_norm)
+            return self.of_products(self.joint_in(x_BTD), documents)
         filters = self.conv1d.weight.squeeze(1).split([self.key_dim, self.key_dim, self.value_dim])
         q_BTC, k_BTC, v_BTC = (
             causal_conv1d(projection(x_BTD), weight, documents.position_ids)
@@ -112,9 +113,8 @@ class OlmoGatedDeltaNetBlock(nn.Module):
         rotary: tuple[torch.Tensor, torch.Tensor] | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The residual stream is x + delta, coming in and going out."""
-        x_BTD, normed_BTD = self.input_layernorm.after(x_BTD, delta_BTD)
-        x_BTD, normed_BTD = self.post_attention_layernorm.after(x_BTD, self.linear_attn(normed_BTD, documents))
-        return x_BTD, self.mlp(normed_BTD)
+        x_BTD, delta_BTD = branch(self.input_layernorm, self.linear_attn, x_BTD, delta_BTD, documents)
+        return branch(self.post_attention_layernorm, self.mlp, x_BTD, delta_BTD)
 
 
 class OlmoAttentionBlock(nn.Module):

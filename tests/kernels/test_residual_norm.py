@@ -16,7 +16,7 @@ from torch.library import opcheck
 from qlakernels import backends
 from qlakernels.compiling import kernel
 from qlakernels.gated_delta_rule.hopper.resources import resources
-from qlakernels.residual_norm import add_rms_norm
+from qlakernels.residual_norm import add_rms_norm, normed_product
 from qlakernels.residual_norm.api import OPERATOR
 from qlakernels.residual_norm.hopper import backward, forward, operator, rows, sizes
 from qlakernels.residual_norm.hopper.kernels import specialisations
@@ -113,6 +113,43 @@ def test_the_norm_of_transformers(dtype):
             assert torch.equal(normed, expected)
 
 
+@pytest.mark.parametrize("frozen", [(), (2,), (3, 4)], ids=str)
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize("with_delta", [True, False])
+def test_a_product_behind_the_norm(with_delta, offset, frozen):
+    """As by autograd, with the total used besides; x, delta, the norm's weight, two weights of products."""
+    shapes = [(2, 5, 24), (2, 5, 24), (24,), (7, 24), (6, 24)]
+    leaves = [draw(*shape, seed=seed).requires_grad_(seed not in frozen) for seed, shape in enumerate(shapes)]
+    if not with_delta:
+        leaves[1] = None
+    x, delta, norm_weight, *weights = leaves
+    cast = torch.cat([weight.detach() for weight in weights] + [torch.zeros(3, 24)])
+    got = normed_product(x, delta, norm_weight, EPS, tuple(weights), cast, offset)
+    total, y = formula(*(None if t is None else t.double() for t in leaves[:3]), EPS, offset, torch.float32)
+    expected = total, torch.cat([y @ weight.double().T for weight in weights] + [torch.zeros(2, 5, 3)], -1)
+    cotangents = [draw(*y.shape, seed=9) for y in expected]
+    wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other.float(), rtol=1e-5, atol=1e-5)
+    gradients = (
+        torch.autograd.grad(ys, wanted, [dy.to(y.dtype) for y, dy in zip(ys, cotangents, strict=True)])
+        for ys in (got, expected)
+    )
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_a_product_keeps_no_normed_rows():
+    x, delta, norm_weight, _ = inputs(5, 24, dtype=torch.bfloat16)
+    weight, kept = draw(8, 24, seed=7).requires_grad_(), []
+    cast = weight.detach().bfloat16()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        total, product = normed_product(x, delta, norm_weight, EPS, (weight,), cast)
+    assert {t.data_ptr() for t in kept} == {t.data_ptr() for t in (total, norm_weight, cast)}
+    gradients = torch.autograd.grad(product.float().sum(), [weight, norm_weight, x])
+    assert [g.dtype for g in gradients] == [torch.float32, torch.float32, torch.bfloat16]
+
+
 def test_what_does_not_fit():
     x, weight = draw(3, 8), draw(8)
     with pytest.raises(ValueError, match=r"weight has shape \[4\], x \[3, 8\]"):
@@ -158,16 +195,16 @@ def plain_gradients(d_normed, d_total, total, weight, eps, offset):
 
 
 @needs_gcc
-@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize(("residual", "with_normed"), [(True, False), (True, True), (False, True)])
 @pytest.mark.parametrize("dim", [8, 24])
-def test_arithmetic_on_a_cpu(dim, residual, monkeypatch):
+def test_arithmetic_on_a_cpu(dim, residual, with_normed, monkeypatch):
     """In float32, a block of one thread, which has a row for itself."""
     for module in (sizes, rows, forward, backward):
         monkeypatch.setattr(module, "PIECE", dim)
     monkeypatch.setattr(sizes, "LEAST_THREADS", 1)
     options = dim, "float32", "float32", residual
     run_forward = compile_for_cpu(forward.forward_kernel, *options, monkeypatch=monkeypatch)
-    run_backward = compile_for_cpu(backward.backward_kernel, *options, monkeypatch=monkeypatch)
+    run_backward = compile_for_cpu(backward.backward_kernel, *options, with_normed, monkeypatch=monkeypatch)
     for size, blocks, offset in ((1, 1, 0.0), (4, 2, 1.0), (13, 3, 1.0)):
         x, delta, d_total, d_normed = (draw(size, dim, seed=seed) for seed in range(4))
         weight = draw(dim, seed=4)
@@ -183,7 +220,10 @@ def test_arithmetic_on_a_cpu(dim, residual, monkeypatch):
             assert total.isnan().all()
         torch.testing.assert_close(normed.view_as(x), expected.float())
         right = right.float()
-        run_backward(d_normed.flatten(), d_total.flatten(), right.flatten(), weight, d, sums, size, EPS, offset)
+        again = torch.full_like(normed, NAN)
+        given = (t.flatten() for t in (d_normed, d_total, x + delta if residual else x))
+        run_backward(*given, weight, d, again, sums, size, EPS, offset)
+        assert torch.equal(again, normed) if with_normed else again.isnan().all()
         wanted = plain_gradients(
             *(t.double() for t in (d_normed, d_total if residual else torch.zeros_like(x), right, weight)), EPS, offset
         )
@@ -217,7 +257,7 @@ def emulated_launchers(dim, dtype, weight_dtype, residual, folder):
         call("forward", -(-given["rows"] // rows_of_a_block), ("total", "normed") if residual else ("normed",), given)
 
     def backward(*arguments):
-        names = "d_normed", "d_total", "total", "weight", "d", "sums", "rows", "eps", "offset"
+        names = "d_normed", "d_total", "total", "weight", "d", "normed", "sums", "rows", "eps", "offset"
         given = dict(zip(names, arguments, strict=True))
         blocks = given["sums"].shape[0]
         call("backward", blocks, ("d", "sums"), given | {"blocks": blocks})
@@ -249,9 +289,10 @@ def test_kernels_on_a_cpu(dim, dtype, weight_dtype, residual, numbers_of_rows, m
 @needs_nvcc
 @pytest.mark.parametrize("residual", [True, False])
 @pytest.mark.parametrize("dim", [2048, 5120])
-@pytest.mark.parametrize("name", ["forward", "backward"])
+@pytest.mark.parametrize("name", ["forward", "backward", "backward and normed"])
 def test_resources(name, dim, residual):
-    key = specialisations(dim, "bfloat16", "float32", residual, True)[name]
+    name, _, with_normed = name.partition(" and ")
+    key = specialisations(dim, "bfloat16", "float32", residual, True, bool(with_normed))[name]
     found = resources(key)
     kernel_name = "backward" if name == "backward" else "add" if residual else "norm"
     assert found.spilled == 0 and found.shared < 2**10
@@ -261,6 +302,8 @@ def test_resources(name, dim, residual):
     written = ["normed", "total"] if name == "forward" else ["d"]
     if not residual:
         read, written = [x for x in read if x not in ("delta", "d_total")], written[:1]
+    if with_normed:
+        written.append("normed")
     for tensor in read:
         assert source.count(f"= *(uint4*)({tensor} + ") == (1 if name == "forward" else 2)
     for tensor in written:
@@ -301,9 +344,10 @@ def launches(monkeypatch):
     """The kernels launched, in order, and whether with a delta or a gradient of the total."""
     names = []
 
-    def launchers(dim, dtype, weight_dtype, residual, keep):
-        def forward(x, delta, weight, total, normed, rows, eps, offset):
-            names.append(("forward", residual))
+    def launchers(dim, dtype, weight_dtype, residual, keep, with_normed=False):
+        def forward(x, delta, weight, total, normed, rows, eps, offset, residual=residual):
+            if not with_normed:
+                names.append(("forward", residual))
             x, delta = x.view(rows, dim), delta.view(rows, dim)
             assert x.dtype == dtype and weight.dtype == weight_dtype
             result = add_rms_norm(x, delta if residual else None, weight, eps, offset, backend="torch")
@@ -311,8 +355,10 @@ def launches(monkeypatch):
                 total.view(rows, dim).copy_(result[0])
             normed.view(rows, dim).copy_(result[1])
 
-        def backward(d_normed, d_total, total, weight, d, sums, rows, eps, offset):
+        def backward(d_normed, d_total, total, weight, d, normed, sums, rows, eps, offset):
             names.append(("backward", residual))
+            if with_normed:
+                forward(total, total, weight, total, normed, rows, eps, offset, False)
             assert keep and total.dtype == dtype and weight.dtype == weight_dtype
             assert sums.shape == (operator.grid_of(rows, dim), dim) and sums.dtype == torch.float32
             d_normed, d_total, total = (t.view(rows, dim).float() for t in (d_normed, d_total, total))
@@ -399,6 +445,7 @@ def test_opcheck(launches):
     opcheck(operator._norm_op, (x, weight, EPS, 1.0))
     for other in (d_total, None):
         opcheck(operator._backward_op, (d_normed, other, x, weight, EPS, 1.0))
+        opcheck(operator.backward_and_normed, (d_normed, other, x, weight, EPS, 1.0))
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -470,6 +517,20 @@ def test_on_a_gpu(dim, dtype, weight_dtype):
             given = inputs(*shape, dtype=dtype, weight_dtype=weight_dtype, with_delta=with_delta, device="cuda")
             first, second = (check(run, *given, eps=1e-6, offset=offset, used=used) for _ in range(2))
             assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("dim", [64, 1024, 2048])
+def test_the_normed_rows_again(dim, residual):
+    """Bit for bit those of the forward, beside the same gradients."""
+    x, delta, weight, (d_total, d_normed) = inputs(1031, dim, dtype=torch.bfloat16, device="cuda")
+    total, normed = (t.detach() for t in add_rms_norm(x, delta, weight, 1e-6, 1.0, backend="tilelang"))
+    given = d_normed, d_total if residual else None, total, weight.detach(), 1e-6, 1.0
+    *gradients, again = operator.backward_and_normed(*given)
+    assert torch.equal(again, normed)
+    for one, other in zip(gradients, operator._backward_op(*given), strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.gpu

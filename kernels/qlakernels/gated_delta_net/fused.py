@@ -5,8 +5,6 @@ for, q and k as the rule had them; else a pass over both makes them anew. The no
 gradients. All gradients of joint are written where they belong in one tensor.
 """
 
-import os
-
 import torch
 
 from qlakernels.gated_delta_net.api import Heads
@@ -16,7 +14,6 @@ from qlakernels.operators import below_autograd, define, differentiate, differen
 from qlakernels.products import weight_gradient
 from qlakernels.short_conv.hopper import operator as convolution
 
-APART = int(os.environ.get("APART", "64"))  # channels between rows whose length in bytes is mostly a power of two: ...
 IN_OPERATOR = (True, True, True)  # normalised q and k, the decay and the step size made of raw gates
 
 
@@ -94,7 +91,7 @@ def _backward(
         together = _convolve(joint, conv_weight, position_ids, True, 0, 2 * heads.keys)
     q, k, _ = heads.by_heads(together)
     first_states = states.new_empty(0, heads.value_heads, heads.value_dim, heads.key_dim)
-    dqkv = joint.new_empty(*joint.shape[:2], heads.convolved + APART)[..., : heads.convolved]
+    dqkv = joint.new_empty(*joint.shape[:2], heads.convolved)
     *_, d_parameters, _ = rule._backward(
         q, k, a, b, W, states, first_states, do, None, cu, order, A_log, dt_bias, False, heads.key_dim**-0.5,
         *IN_OPERATOR, neg, None, (*heads.by_heads(dqkv), da, db),

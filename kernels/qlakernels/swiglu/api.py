@@ -1,10 +1,10 @@
-"""`swiglu`, and `swiglu_mlp` around it: SiLU(gate) ∘ up of two products that lie side by side (Shazeer 2020)."""
+"""`swiglu`, SiLU(gate) ∘ up of two products that lie side by side (Shazeer 2020), and more of an MLP around it."""
 
 import torch
 import torch.nn.functional as F
 
 from qlakernels.backends import Backend, Call, refused_by_hopper, register, select
-from qlakernels.products import product_again, weight_gradient
+from qlakernels.products import product_again, product_with, weight_gradients
 
 OPERATOR = "swiglu"
 
@@ -46,6 +46,35 @@ def gradients(dy: torch.Tensor, together: torch.Tensor, backend: str = "auto") -
     return select(OPERATOR, backend, call_of(together)).run.backward(dy, together)
 
 
+def swiglu_down(together: torch.Tensor, down_weight: torch.Tensor, down_cast: torch.Tensor) -> torch.Tensor:
+    """swiglu(together) W_downᵀ, which keeps `together` alone: the pass that makes its gradient makes the other factor
+    of the weight's gradient anew.
+
+    Args:
+        together: [..., 2 F].
+        down_weight: [D_out, F], gets the gradient, in its own dtype.
+        down_cast: [D_out, F] in together's dtype: what is multiplied with.
+
+    Returns:
+        [..., D_out].
+    """
+    return _SwigluDown.apply(together, down_cast, down_weight)
+
+
+class _SwigluDown(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, together, down_cast, down_weight):
+        ctx.save_for_backward(together, down_cast)
+        ctx.dtype = down_weight.dtype
+        return torch.matmul(select(OPERATOR, "auto", call_of(together)).run.forward(together), down_cast.t())
+
+    @staticmethod
+    def backward(ctx, dy):
+        together, down_cast = ctx.saved_tensors
+        d_together, between = gradients(torch.matmul(dy, down_cast), together)
+        return d_together, None, *weight_gradients(dy, between, [len(down_cast)], [ctx.dtype], ctx.needs_input_grad[2:])
+
+
 def swiglu_mlp(
     x: torch.Tensor,
     weights: tuple[torch.Tensor, torch.Tensor],
@@ -54,45 +83,43 @@ def swiglu_mlp(
     down_cast: torch.Tensor,
     keep_products: bool = True,
 ) -> torch.Tensor:
-    """(SiLU(x W_gateᵀ) ∘ (x W_upᵀ)) W_downᵀ (Shazeer 2020), which keeps x and both products; what lies between them
-    and the last product is made anew in the backward, in the pass that makes the gradients.
+    """(SiLU(x W_gateᵀ) ∘ (x W_upᵀ)) W_downᵀ (Shazeer 2020), which keeps x and both products.
 
     Args:
         x: [..., D].
         weights: gate and up, [F, D] each; with down_weight, [D_out, F], they get the gradients, in their own dtypes.
         cast: [2 F, D], gate above up, and down_cast [D_out, F], in x's dtype; they are what is multiplied with.
-        keep_products: without, the first two products are made anew as well, and x alone is kept.
+        keep_products: without, the first two products are made anew in the backward as well, and x alone is kept.
 
     Returns:
         [..., D_out].
     """
-    return _SwigluMLP.apply(x, cast, down_cast, *weights, down_weight, keep_products)
+    if keep_products:
+        return swiglu_down(product_with(x, weights, cast), down_weight, down_cast)
+    return _SwigluMLP.apply(x, cast, down_cast, down_weight, *weights)
 
 
 class _SwigluMLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, cast, down_cast, gate_weight, up_weight, down_weight, keep_products):
+    def forward(ctx, x, cast, down_cast, down_weight, *weights):
+        ctx.save_for_backward(x, cast, down_cast)
+        ctx.dtypes = [weight.dtype for weight in (down_weight, *weights)]
         together = torch.matmul(x, cast.t())
-        ctx.save_for_backward(x, together if keep_products else None, cast, down_cast)
-        ctx.dtypes = [weight.dtype for weight in (gate_weight, up_weight, down_weight)]
-        between = select(OPERATOR, "auto", call_of(together)).run.forward(together)
-        return torch.matmul(between, down_cast.t())
+        return torch.matmul(select(OPERATOR, "auto", call_of(together)).run.forward(together), down_cast.t())
 
     @staticmethod
     def backward(ctx, dy):
-        x, together, cast, down_cast = ctx.saved_tensors
-        if together is None:
-            together = product_again(x, cast)
-        d_together, between = gradients(torch.matmul(dy, down_cast), together)
+        x, cast, down_cast = ctx.saved_tensors
+        d_together, between = gradients(torch.matmul(dy, down_cast), product_again(x, cast))
         dx = torch.matmul(d_together, cast) if ctx.needs_input_grad[0] else None
-        d_gate_weight = d_up_weight = d_down_weight = None
-        if any(ctx.needs_input_grad[3:5]):
-            d_weights = weight_gradient(d_together.flatten(0, -2), x.flatten(0, -2), ctx.dtypes[0])
-            d_gate_weight, d_up_weight = d_weights.chunk(2)
-            d_up_weight = d_up_weight.to(ctx.dtypes[1])
-        if ctx.needs_input_grad[5]:
-            d_down_weight = weight_gradient(dy.flatten(0, -2), between.flatten(0, -2), ctx.dtypes[2])
-        return dx, None, None, d_gate_weight, d_up_weight, d_down_weight, None
+        width = between.shape[-1]
+        return (
+            dx,
+            None,
+            None,
+            *weight_gradients(dy, between, [len(down_cast)], ctx.dtypes[:1], ctx.needs_input_grad[3:4]),
+            *weight_gradients(d_together, x, [width, width], ctx.dtypes[1:], ctx.needs_input_grad[4:]),
+        )
 
 
 class _Torch:

@@ -1,4 +1,5 @@
-"""The backward: the gradient of the total, and so of x and of δ, and that of the weight, in one pass over dy and t.
+"""The backward: the gradient of the total, and so of x and of δ, and that of the weight, in one pass over dy and t, and
+the normed rows once more if asked for, bit for bit those of the forward.
 
     a = dy ∘ (offset + w)      c = Σ a n / D      d = r (a − c n) + dt      dw = Σ dy ∘ n
 
@@ -9,9 +10,9 @@ In float32, d rounded once. A block goes over batches of rows, a grid apart from
 before it uses the one it has. A thread adds up dw of its columns over its own rows, one after the other; where a block
 has rows side by side, it adds those up at the end, in their order. It leaves one row of `sums`.
 
-Bytes in half precision: 8 an element with dt, 6 without, besides a row of sums a block. At 3.0 TB/s, 8192 rows of 2048
-take 45 and 34 µs. On their way, while one batch is used, are 48 KB a multiprocessor with dt and 32 without; half of
-that where D is just above 4096.
+Bytes in half precision: 8 an element with dt, 6 without, 2 more with the normed rows, besides a row of sums a block. At
+3.0 TB/s, 8192 rows of 2048 take 45, 34 and 11 more µs. On their way are 48 KB a multiprocessor with dt and 32 without;
+half of that where D is just above 4096.
 """
 
 import tilelang.language as T
@@ -20,8 +21,8 @@ from qlakernels.residual_norm.hopper.rows import add_over_rows, load_rows, load_
 from qlakernels.residual_norm.hopper.sizes import PIECE, WARP, abreast_of, batch_of, blocks_of, lanes_of, threads_of
 
 
-def backward_kernel(dim, dtype, weight_dtype, with_total):
-    """Without a gradient of the total, the kernel does not touch `d_total`."""
+def backward_kernel(dim, dtype, weight_dtype, with_total, with_normed):
+    """Without a gradient of the total the kernel does not touch `d_total`, and without being asked not `normed`."""
     lanes, abreast, threads, batch = lanes_of(dim), abreast_of(dim), threads_of(dim), batch_of("backward", dim)
     pieces = dim // PIECE
     size = T.dynamic("size", "int64")
@@ -34,6 +35,7 @@ def backward_kernel(dim, dtype, weight_dtype, with_total):
         total: T.Tensor((size,), dtype),
         weight: T.Tensor((dim,), weight_dtype),
         d: T.Tensor((size,), dtype),
+        normed: T.Tensor((size,), dtype),
         sums: T.Tensor((blocks, dim), "float32"),
         rows: T.int32,
         eps: T.float32,
@@ -44,7 +46,7 @@ def backward_kernel(dim, dtype, weight_dtype, with_total):
             raw_weights, weights = T.alloc_local((PIECE,), weight_dtype), T.alloc_local((PIECE,), "float32")
             dy_rows, total_rows, residual_rows = (T.alloc_local((batch, PIECE), dtype) for _ in range(3))
             dy_next, total_next, residual_next = (T.alloc_local((batch, PIECE), dtype) for _ in range(3))
-            dw, values = T.alloc_local((PIECE,), "float32"), T.alloc_local((PIECE,), "float32")
+            dw, values, scaled = (T.alloc_local((PIECE,), "float32") for _ in range(3))
             row_sums = T.alloc_local((2 * batch,), "float32")  # of t² and a t, row after row; later r and c
             parts = T.alloc_shared((2, T.max(threads // WARP, 1), 2 * batch), "float32")
             dw_parts = T.alloc_shared((abreast, dim), "float32")
@@ -87,6 +89,12 @@ def backward_kernel(dim, dtype, weight_dtype, with_total):
                     if row < last:
                         for j in T.unroll(PIECE):
                             dw[j] += T.cast(dy_rows[i, j], "float32") * values[j]
+                    if with_normed:
+                        for j in T.unroll(PIECE):
+                            scaled[j] = values[j] * weights[j]
+                        round_into(total_rows, i, scaled)
+                        if row < last:
+                            store_row(total_rows, i, normed, row, pieces, lane)
                     for j in T.unroll(PIECE):
                         values[j] = T.cast(dy_rows[i, j], "float32") * weights[j] - row_sums[2 * i + 1] * values[j]
                         values[j] *= row_sums[2 * i]

@@ -15,11 +15,14 @@ MAKERS = {
 add_kernels(__name__, MAKERS, pass_configs=dict.fromkeys(MAKERS, PASS_CONFIGS), host=("operator",))
 
 
-def specialisations(dim: int, dtype: str, weight_dtype: str, residual: bool, keep: bool) -> dict:
+def specialisations(
+    dim: int, dtype: str, weight_dtype: str, residual: bool, keep: bool, with_normed: bool = False
+) -> dict:
     """What one call needs, by name: the forward, with a delta where `residual` says so; with `keep` its backward as
-    well, which takes the gradient of the total there. dtypes are names such as "bfloat16"."""
+    well, which takes the gradient of the total there, and makes the normed rows again `with_normed`. dtypes are names
+    such as "bfloat16"."""
     options = dim, dtype, weight_dtype, residual
     needed = {"forward": ("residual_norm_forward", *options)}
     if keep:
-        needed["backward"] = ("residual_norm_backward", *options)
+        needed["backward"] = ("residual_norm_backward", *options, with_normed)
     return needed

@@ -31,9 +31,9 @@ def run(x, delta, weight, eps, offset):
 
 
 @cache
-def _launchers(dim, dtype, weight_dtype, residual, keep):
+def _launchers(dim, dtype, weight_dtype, residual, keep, with_normed=False):
     dtypes = (str(x).removeprefix("torch.") for x in (dtype, weight_dtype))
-    return launchers(specialisations(dim, *dtypes, residual, keep))
+    return launchers(specialisations(dim, *dtypes, residual, keep, with_normed))
 
 
 def grid_of(rows: int, dim: int) -> int:
@@ -68,17 +68,28 @@ def _norm(x, weight, eps, offset):
 def _backward(d_normed, d_total, total, weight, eps, offset):
     """The gradient of the total, in its dtype, and the weight's in the weight's: summed in float32, in an order that
     depends on shapes alone."""
+    return _launch_backward(d_normed, d_total, total, weight, eps, offset, None)
+
+
+def _backward_and_normed(d_normed, d_total, total, weight, eps, offset):
+    """The same, and the normed rows of the forward."""
+    normed = total.new_empty(total.shape)
+    return *_launch_backward(d_normed, d_total, total, weight, eps, offset, normed), normed
+
+
+def _launch_backward(d_normed, d_total, total, weight, eps, offset, normed):
     d = total.new_empty(total.shape)
     if total.numel() == 0:
         return d, torch.zeros_like(weight)
     dim, rows = total.shape[-1], total.numel() // total.shape[-1]
     kernel_weight = weight_as_read(weight, total.dtype)
-    launch = _launchers(dim, total.dtype, kernel_weight.dtype, d_total is not None, True)["backward"]
+    options = total.dtype, kernel_weight.dtype, d_total is not None, True, normed is not None
     sums = torch.empty(grid_of(rows, dim), dim, dtype=torch.float32, device=total.device)
     d_normed, total = as_read(d_normed), as_read(total)
     d_total = d_normed if d_total is None else as_read(d_total)  # as above
     flat = (t.view(-1) for t in (d_normed, d_total, total))
-    launch(*flat, kernel_weight, d.view(-1), sums, rows, eps, offset)
+    written = d.view(-1), (d if normed is None else normed).view(-1)
+    _launchers(dim, *options)["backward"](*flat, kernel_weight, *written, sums, rows, eps, offset)
     return d, sums.sum(0).to(weight.dtype)
 
 
@@ -97,6 +108,17 @@ _backward_op = define(
     " -> (Tensor, Tensor)",
     _backward,
     lambda d_normed, d_total, total, weight, *_: (total.new_empty(total.shape), weight.new_empty(weight.shape)),
+)
+
+backward_and_normed = define(
+    "add_rms_norm_backward_and_normed(Tensor d_normed, Tensor? d_total, Tensor total, Tensor weight, float eps,"
+    " float offset) -> (Tensor, Tensor, Tensor)",
+    _backward_and_normed,
+    lambda d_normed, d_total, total, weight, *_: (
+        total.new_empty(total.shape),
+        weight.new_empty(weight.shape),
+        total.new_empty(total.shape),
+    ),
 )
 
 

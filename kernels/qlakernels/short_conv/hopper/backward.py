@@ -15,18 +15,22 @@ channels take 134 µs.
 import tilelang.language as T
 
 from qlakernels.short_conv.hopper.march import (
+    FAR,
     convolve,
-    load_ahead,
-    load_reach,
+    load_before,
+    load_given,
+    load_row,
     load_weights,
     open_window,
     push,
     sigmoid,
     take,
+    take_reaches,
+    widen,
 )
 from qlakernels.short_conv.hopper.sizes import BLOCKS, CHANNELS, THREADS
 
-BATCH = 8  # tokens that are loaded ahead, of x and dy
+BATCH = 4  # tokens of a turn, and as many that are loaded ahead, of x and dy
 
 
 def backward_kernel(width, dtype, weight_dtype, position_dtype, silu):
@@ -42,27 +46,30 @@ def backward_kernel(width, dtype, weight_dtype, position_dtype, silu):
         positions: T.Tensor((positioned,), position_dtype),
         dx: T.Tensor((dx_size,), dtype),
         sums: T.Tensor((stretches, groups, C * width), "float32"),
-        dy_step: T.int32,
-        x_step: T.int32,
-        dx_step: T.int32,
+        dy_step: T.int64,
+        x_step: T.int64,
+        dx_step: T.int64,
         tokens: T.int32,
         row_length: T.int32,
         stretch: T.int32,
     ):
         with T.Kernel(T.ceildiv(stretches * groups, THREADS), threads=THREADS) as block:
-            T.annotate_min_blocks_per_sm(BLOCKS)
+            T.annotate_min_blocks_per_sm(BLOCKS["backward"])
             raw_weights = T.alloc_local((C * width,), weight_dtype)
             weights, window = T.alloc_local((width, C), "float32"), T.alloc_local((width, C), "float32")
             pending, dw = T.alloc_local((width, C), "float32"), T.alloc_local((width, C), "float32")
             dw_row = T.alloc_local((C * width,), "float32")
+            before, out = T.alloc_local((width - 1, C), dtype), T.alloc_local((C,), dtype)
             rows, dy_rows = T.alloc_local((BATCH, C), dtype), T.alloc_local((BATCH, C), dtype)
-            reach, place = T.alloc_local((BATCH,), "int32"), T.alloc_local((1,), "int32")
+            values, dy_values = T.alloc_local((BATCH, C), "float32"), T.alloc_local((BATCH, C), "float32")
+            given, reach = T.alloc_local((BATCH,), position_dtype), T.alloc_local((BATCH,), "int32")
+            place = T.alloc_local((1,), "int32")
             x_at, dy_at, dx_at = (T.alloc_local((1,), "int64") for _ in range(3))
             p, dp = T.alloc_local((C,), "float32"), T.alloc_local((C,), "float32")
-            out = T.alloc_local((C,), dtype)
             group = T.alloc_var("int32")
             number = T.alloc_var("int32")
             first = T.alloc_var("int32")
+            token = T.alloc_var("int32")
             last = T.alloc_var("int32")  # the one behind it, as is `end`
             end = T.alloc_var("int32")
             item = block * THREADS + T.get_thread_binding()
@@ -70,55 +77,71 @@ def backward_kernel(width, dtype, weight_dtype, position_dtype, silu):
             number = T.truncdiv(item, groups)
             first = number * stretch
             if first < tokens:
+                token = first
                 last = T.min(first + stretch, tokens)
                 end = T.min(last + width - 1, tokens)
                 x_at[0] = T.cast(first, "int64") * x_step + group
                 dy_at[0] = T.cast(first, "int64") * dy_step + group
-                dx_at[0] = T.cast(first, "int64") * dx_step + group
+                dx_at[0] = T.cast(first - width + 1, "int64") * dx_step + group
                 place[0] = T.truncmod(first, row_length)
+                load_before(x, x_step, group, first, before)
+                for i in T.unroll(BATCH):
+                    given[i] = FAR
+                    if first + i < end:
+                        load_row(x, x_at[0], rows, i)
+                        load_row(dy, dy_at[0], dy_rows, i)
+                    x_at[0] += x_step
+                    dy_at[0] += dy_step
+                load_given(positions, positioned, first, end, given)
                 load_weights(weight, group, raw_weights, weights)
-                open_window(x, x_at, x_step, first, out, window)
+                open_window(before, window)
                 for s in T.unroll(width):
                     for j in T.unroll(C):
                         pending[s, j] = 0.0
                         dw[s, j] = 0.0
-                for batch in T.serial(T.ceildiv(last - first + width - 1, BATCH)):
-                    for i in T.unroll(BATCH):
-                        token = first + batch * BATCH + i
-                        reach[i] = -1  # of no token: nothing is added
-                        if token < end:
-                            load_ahead(x, x_at, rows, i)
+                for whole in (True, False):  # all tokens of a turn are in the stretch, or some are not
+                    while token + BATCH <= last if whole else token < last + width - 1:
+                        widen(rows, values)
+                        widen(dy_rows, dy_values)
+                        take_reaches(given, place, row_length, reach)
+                        for i in T.unroll(BATCH):
+                            if token + BATCH + i < end:
+                                load_row(x, x_at[0], rows, i)
+                                load_row(dy, dy_at[0], dy_rows, i)
                             x_at[0] += x_step
-                            load_ahead(dy, dy_at, dy_rows, i)
                             dy_at[0] += dy_step
-                            load_reach(positions, positioned, token, place, row_length, reach, i)
-                    for i in T.unroll(BATCH):
-                        token = first + batch * BATCH + i
-                        take(rows, i, window)
-                        for j in T.unroll(C):
-                            dp[j] = T.cast(dy_rows[i, j], "float32")
-                        if silu:
-                            convolve(window, weights, reach, i, p)
+                        load_given(positions, positioned, token + BATCH, end, given)
+                        for i in T.unroll(BATCH):
+                            take(values, i, window)
+                            if not whole and token + i >= end:
+                                reach[i] = -1  # of no token: nothing is added to those in front of it
                             for j in T.unroll(C):
-                                p[j] = slope(p[j], sigmoid(p[j]))
-                            for j in T.unroll(C):
-                                dp[j] *= p[j]
-                        push(pending)
-                        for j in T.unroll(C):
-                            pending[0, j] = 0.0
-                        for s in T.unroll(width):
-                            if reach[i] >= s:
+                                dp[j] = dy_values[i, j]
+                            if silu:
+                                convolve(window, weights, reach, i, p)
                                 for j in T.unroll(C):
-                                    pending[s, j] += weights[s, j] * dp[j]
-                                if token < last:
+                                    p[j] = slope(p[j], sigmoid(p[j]))
+                                for j in T.unroll(C):
+                                    dp[j] *= p[j]
+                            push(pending)
+                            for j in T.unroll(C):
+                                pending[0, j] = 0.0
+                            for s in T.unroll(width):
+                                if T.Or(s == 0, reach[i] >= s):
                                     for j in T.unroll(C):
-                                        dw[s, j] += dp[j] * window[s, j]
-                        if token - width + 1 >= first and token - width + 1 < last:
+                                        pending[s, j] += weights[s, j] * dp[j]
+                            if whole or token + i < last:
+                                for s in T.unroll(width):
+                                    if T.Or(s == 0, reach[i] >= s):
+                                        for j in T.unroll(C):
+                                            dw[s, j] += dp[j] * window[s, j]
                             for j in T.vectorized(C):
                                 out[j] = T.cast(pending[width - 1, j], dtype)
-                            for j in T.vectorized(C):
-                                dx[dx_at[0] * C + j] = out[j]
+                            if token + i - width + 1 >= first and (whole or token + i - width + 1 < last):
+                                for j in T.vectorized(C):
+                                    dx[dx_at[0] * C + j] = out[j]
                             dx_at[0] += dx_step
+                        token += BATCH
                 for s in T.unroll(width):
                     for j in T.unroll(C):
                         dw_row[j * width + width - 1 - s] = dw[s, j]
