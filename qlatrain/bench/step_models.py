@@ -249,7 +249,12 @@ def attend_with_torch() -> None:
 
     def packed(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, max_seqlen_q: int, **rest) -> Tensor:
         assert rest["causal"] and rest["window_size"] == (-1, -1)
-        documents = SimpleNamespace(cu_seqlens=cu_seqlens_q, max_seqlen=max_seqlen_q)
+        documents = SimpleNamespace(
+            cu_seqlens=cu_seqlens_q,
+            cu_seqlens_cpu=cu_seqlens_q,  # read where the tensors are on the CPU
+            max_seqlen=max_seqlen_q,
+            rows=None,
+        )
         return packed_causal_attention(q[None], k[None], v[None], documents)[0]
 
     module.flash_attn_func, module.flash_attn_varlen_func = dense, packed

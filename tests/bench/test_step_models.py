@@ -101,6 +101,11 @@ def test_torchs_attention_in_place_of_flash_attn(monkeypatch):
     attend_with_torch()
     q, k, v = (torch.randn(2, 7, heads, 8, generator=torch.Generator().manual_seed(heads)) for heads in (4, 2, 2))
     found = layer.flash_attn_func(q, k, v, causal=True, window_size=(-1, -1))
+    options = {"cu_seqlens_q": torch.tensor([0, 2, 7], dtype=torch.int32), "max_seqlen_q": 5}
+    packed = layer.flash_attn_varlen_func(q[0], k[0], v[0], **options, causal=True, window_size=(-1, -1))
+    for part in (slice(0, 2), slice(2, 7)):
+        alone = layer.flash_attn_func(q[:1, part], k[:1, part], v[:1, part], causal=True, window_size=(-1, -1))
+        assert torch.allclose(packed[part], alone[0], atol=1e-5)
     k, v = (x.repeat_interleave(2, dim=2) for x in (k, v))
     scores = torch.einsum("bihd,bjhd->bhij", q, k) / 8**0.5
     scores = scores.masked_fill(torch.ones(7, 7).triu(1).bool(), float("-inf"))
