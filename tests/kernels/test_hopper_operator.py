@@ -21,7 +21,7 @@ OUTPUTS = {  # of each kernel: the places of its outputs among its arguments
     "stitch": [4],
     "stitch_reverse": [4],
     "forward": range(10, 15),
-    "reverse": range(10, 15),
+    "reverse": [10, *range(12, 16)],
     "gradients": [11, *range(13, 17)],
     "gate_gradients": range(6, 9),
 }

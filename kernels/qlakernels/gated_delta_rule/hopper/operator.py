@@ -422,6 +422,7 @@ def _backward(
         d_final_state = gates.new_empty(0, heads, key_dim, value_dim)
     d_final_state = d_final_state.contiguous()
     raw = g, beta, A_log, dt_bias, cu_seqlens
+    written, steps_written = zip(*map(_in_pieces, (dv, dq, dk)), strict=True)
     blocks = plan.turns * heads * -(-value_dim // plan.part)
     leaves_half = not plan.cut and 2 * blocks <= _multiprocessors(q.device)
     if beside is not None and not leaves_half:
@@ -440,11 +441,13 @@ def _backward(
             order,
             d_final_state,
             dv,
+            written[0],
             d_states,
             d_initial_state,
             gates,
             norms,
             section_states,
+            *steps_written[0],
             *options,
             ratio,
             plan.turns,
@@ -461,7 +464,6 @@ def _backward(
     with_first = first_states.numel() > 0
     workers = _multiprocessors(q.device)
     scratch = q.new_empty(workers, ratio, value_parts(value_dim) * PART, key_dim)
-    written, steps_written = zip(*map(_in_pieces, (dv, dq, dk)), strict=True)
     launch["gradients"](
         q,
         k,

@@ -54,7 +54,7 @@ from qlakernels.gated_delta_rule.hopper.common import (
     wait,
 )
 from qlakernels.gated_delta_rule.hopper.forward import REGISTERS
-from qlakernels.gated_delta_rule.hopper.sizes import CHUNK, VECTORS
+from qlakernels.gated_delta_rule.hopper.sizes import CHUNK, PIECE, VECTORS
 
 
 def reverse_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_dtype, beta_dtype):
@@ -72,7 +72,7 @@ def reverse_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
     q_token, q_head = T.dynamic("q_token"), T.dynamic("q_head")
     k_token, k_head = T.dynamic("k_token"), T.dynamic("k_head")
     o_token, o_head = T.dynamic("o_token"), T.dynamic("o_head")
-    dv_token, dv_head = T.dynamic("dv_token"), T.dynamic("dv_head")
+    v_token, v_head, dv_pieces = T.dynamic("v_token"), T.dynamic("v_head"), T.dynamic("dv_pieces")
     g_token, b_token = T.dynamic("g_token"), T.dynamic("b_token")
     cuts = T.dynamic("cuts")
 
@@ -88,12 +88,15 @@ def reverse_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
         cu_seqlens: T.Tensor((documents + 1,), "int32"),
         order: T.Tensor((documents,), "int32"),
         d_final_state: T.Tensor((ends, heads, K, V), "float32"),
-        dv: T.StridedTensor((tokens, heads, V), (dv_token, dv_head, 1), dtype),
+        dv: T.StridedTensor((tokens, heads, V), (v_token, v_head, 1), dtype),
+        dv_again: T.Tensor((dv_pieces, PIECE), dtype),  # for stores of whole pieces
         d_states: T.Tensor((slots, heads, V, K), dtype),
         d_initial_state: T.Tensor((starts, heads, K, V), "float32"),
         gates: T.Tensor((slots, heads, 2, C), "float32"),
         norms: T.Tensor((slots, groups, 2, C), "float32"),
         section_states: T.Tensor((cuts, heads, V, K), "float32"),
+        dv_token: T.int32,  # steps between tokens and heads, in pieces
+        dv_head: T.int32,
         scale: T.float32,
         beta_factor: T.float32,
         ratio: T.int32,
@@ -247,7 +250,10 @@ def reverse_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
                     else:
                         for i, j in T.Parallel(C, part):
                             if c * C + i < length and columns + j < V:
-                                dv[first + i, head, columns + j] = dv_s[i, j]
+                                dv_again[
+                                    (first + i) * dv_token + head * dv_head + (columns + j) // PIECE,
+                                    (columns + j) % PIECE,
+                                ] = dv_s[i, j]
                     T.wait_wgmma(0)
                     T.warpgroup_fence_operand(dS, num_regs=K // 2)
                     arrive(k_empty, stage)
