@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Self
 
 import torch
-import torch._dynamo.config as dynamo
 import torch._functorch.config as functorch
 from torch import Tensor, nn
 
@@ -104,6 +103,8 @@ class TrainStep:
         if train.compile:
             # what is put together elementwise from tensors that are kept is made again in the backward
             functorch.ban_recompute_materialized_backward = False
+            from torch._dynamo import config as dynamo  # takes a second
+
             # kinds of blocks, the first without a delta, times layouts of documents, all in one function
             dynamo.recompile_limit = max(dynamo.recompile_limit, MOST_TRACES)
             whole = model.traced_whole(layout.device, dtype)
