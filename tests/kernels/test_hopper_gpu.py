@@ -51,7 +51,7 @@ HEAD_SIZES = [(key_dim, value_dim) for key_dim in (64, 96, 128) for value_dim in
 def plan_of(monkeypatch, part=None, segment=0, section=None):
     """Makes calls take blocks of `part` rows of V, and segments and sections of so many tokens."""
 
-    def plan(q, cu_seqlens, heads, value_dim):
+    def plan(q, cu_seqlens, heads, value_dim, alone=True):
         documents, (batch, tokens) = operator._documents(q, cu_seqlens), q.shape[:2]
         turns = batch * tokens // segment + documents if segment else documents
         return operator.Plan(min(part or 128, rows_of_many_scans(value_dim)), turns, segment, section or segment)

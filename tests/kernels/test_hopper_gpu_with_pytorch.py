@@ -93,7 +93,7 @@ def test_gradients_are_laid_out_as_their_inputs():
     leaves = {name: inputs[name].detach().requires_grad_() for name in ("q", "k", "v")}
     o, _ = run(inputs | leaves)
     for x, gradient in zip(leaves.values(), torch.autograd.grad(o, leaves.values(), cotangents["o"]), strict=True):
-        assert gradient.stride() == x.stride() and not gradient.is_contiguous()
+        assert gradient.stride()[1:] == x.stride()[1:] and not gradient.is_contiguous()
 
 
 def test_gradients_that_arrive_expanded():
@@ -497,4 +497,4 @@ print("nobody noticed")
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
     assert done.returncode != 0 and "nobody noticed" not in done.stdout
-    assert "cu_seqlens" in done.stdout + done.stderr
+    assert "cu_seqlens" in done.stdout + done.stderr, done.stderr

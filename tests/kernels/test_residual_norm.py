@@ -524,14 +524,15 @@ def test_on_a_gpu(dim, dtype, weight_dtype):
 @pytest.mark.parametrize("residual", [True, False])
 @pytest.mark.parametrize("dim", [64, 1024, 2048])
 def test_the_normed_rows_again(dim, residual):
-    """Bit for bit those of the forward, beside the same gradients."""
+    """Bit for bit those of the forward, beside the same gradients but for the last bit: another kernel, whose
+    products and sums the compiler may fuse in another way."""
     x, delta, weight, (d_total, d_normed) = inputs(1031, dim, dtype=torch.bfloat16, device="cuda")
     total, normed = (t.detach() for t in add_rms_norm(x, delta, weight, 1e-6, 1.0, backend="tilelang"))
     given = d_normed, d_total if residual else None, total, weight.detach(), 1e-6, 1.0
     *gradients, again = operator.backward_and_normed(*given)
     assert torch.equal(again, normed)
     for one, other in zip(gradients, operator._backward_op(*given), strict=True):
-        assert torch.equal(one, other)
+        torch.testing.assert_close(one, other, rtol=2**-7 if one.dtype == torch.bfloat16 else 1e-4, atol=1e-5)
 
 
 @pytest.mark.gpu

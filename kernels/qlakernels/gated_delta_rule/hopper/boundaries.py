@@ -5,13 +5,22 @@ longest first, equal ones by index, so that the chip does not wait at the end fo
 of a document is the number of those before it, counted one by one: beyond `MOST` documents, of which none can be long,
 they stay as they are.
 
-A kernel of its own, as a call that may print keeps the compiler from overlapping the tensor cores with anything.
+A kernel of its own, as a call that may print keeps the compiler from overlapping the tensor cores with anything. What
+does not hold is told by the expression of an assertion: the driver prints that with the error, whoever meets it first,
+where what a kernel prints is lost unless the next to meet the error is a wait.
 """
 
 import tilelang.language as T
 
 MOST = 4096
 THREADS = 128
+REQUIREMENTS = """
+__device__ __forceinline__ void require_start(bool holds) { assert(holds && "cu_seqlens starts at 0"); }
+__device__ __forceinline__ void require_order(bool holds) { assert(holds && "cu_seqlens does not descend"); }
+__device__ __forceinline__ void require_end(bool holds) {
+  assert(holds && "cu_seqlens ends at the number of tokens");
+}
+"""
 
 
 def boundaries_kernel():
@@ -23,22 +32,16 @@ def boundaries_kernel():
         order: T.Tensor((documents,), "int32"),
         tokens: T.int32,
     ):
-        with T.Kernel(T.ceildiv(documents, THREADS), threads=THREADS) as block:
+        with T.Kernel(T.ceildiv(documents, THREADS), threads=THREADS, prelude=REQUIREMENTS) as block:
             length = T.alloc_fragment((THREADS,), "int32")
             place = T.alloc_fragment((THREADS,), "int32")
             first = block * THREADS
             document = first + T.get_thread_binding()
             if document < documents:
-                T.device_assert(
-                    cu_seqlens[document + 1] >= cu_seqlens[document], "cu_seqlens descends", no_stack_info=True
-                )
+                T.call_extern("handle", "require_order", cu_seqlens[document + 1] >= cu_seqlens[document])
             if document == 0:
-                T.device_assert(cu_seqlens[0] == 0, "cu_seqlens does not start at 0", no_stack_info=True)
-                T.device_assert(
-                    cu_seqlens[documents] == tokens,
-                    "cu_seqlens does not end at the number of tokens",
-                    no_stack_info=True,
-                )
+                T.call_extern("handle", "require_start", cu_seqlens[0] == 0)
+                T.call_extern("handle", "require_end", cu_seqlens[documents] == tokens)
             for i in T.Parallel(THREADS):
                 place[i] = T.if_then_else(documents > MOST, first + i, 0)
             if documents <= MOST:
