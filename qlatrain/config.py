@@ -149,6 +149,7 @@ class StepConfig:
         False  # keep the inputs of MLPs, recompute their first products: 4 F - 2 D bytes a token, layer
     )
     recompute_convolution: bool = False  # keep no convolved queries and keys: 4 Hk K bytes a token and GDN layer less
+    gradient_dtype: str = "float32"  # of the blocks' matrices: float32 | bfloat16, rounded as autocast does
 
 
 @dataclass
@@ -279,6 +280,7 @@ CHOICES = {
     "track.backend": (None, "wandb"),
     "kernel.gated_delta_rule": ("auto", "tilelang", "flash_qla", "fla", "torch"),
     "train.mixed_precision": ("no", "bf16"),
+    "train.gradient_dtype": ("float32", "bfloat16"),
 }
 AT_LEAST = {
     "train.steps": 1,
@@ -332,6 +334,11 @@ def _validate_training(config: TrainingConfig) -> None:
             f"schedule.warmup_steps={config.schedule.warmup_steps} leaves nothing of train.steps={train.steps}: "
             "make it smaller"
         )
+    if train.gradient_dtype != "float32" and train.micro_batch_size < train.global_batch_size:
+        raise ValueError(
+            f"train.gradient_dtype={train.gradient_dtype} would add up micro-batches in half precision: use "
+            f"float32, or train.micro_batch_size={train.global_batch_size}, as train.global_batch_size"
+        )
     for key in ("schedule.final", "schedule.decay_fraction"):
         if not 0 <= value_at(config, key) <= 1:
             raise ValueError(f"{key}={value_at(config, key)} is not between 0 and 1")
@@ -342,6 +349,10 @@ def validate_step(train: StepConfig) -> None:
     """Raises ValueError, one sentence naming the key."""
     if train.max_grad_norm <= 0:
         raise ValueError(f"train.max_grad_norm={train.max_grad_norm} is not above 0; use inf not to clip")
+    if train.gradient_dtype != "float32" and train.mixed_precision != "bf16":
+        raise ValueError(
+            f"train.gradient_dtype={train.gradient_dtype} needs train.mixed_precision=bf16, not {train.mixed_precision}"
+        )
 
 
 def _validate_lora(config: FinetuneConfig) -> None:

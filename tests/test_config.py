@@ -141,6 +141,7 @@ def test_every_choice_is_taken():
                 "data.source=text": ["data.files=[a.txt]"],
                 "data.source=hf": ["data.dataset=name"],
                 "model.architecture=olmo_hybrid": ["model.partial_rotary_factor=1"],
+                "train.gradient_dtype=bfloat16": ["train.mixed_precision=bf16"],
                 "data.format=conversations": ["data=conversations", "data.files=[a.jsonl]"],
             }
             argument = f"{key}={'null' if option is None else option}"
@@ -156,6 +157,12 @@ def test_below_the_least(key):
 
 
 REFUSED = [
+    (["train.gradient_dtype=half"], "train.gradient_dtype"),
+    (["train.gradient_dtype=bfloat16"], "train.gradient_dtype=bfloat16 needs train.mixed_precision=bf16, not no"),
+    (
+        ["train.gradient_dtype=bfloat16", "train.global_batch_size=8", "train.micro_batch_size=4"],
+        "train.gradient_dtype=bfloat16 would add up micro-batches in half precision",
+    ),
     (["train.global_batch_size=6", "train.micro_batch_size=4"], "train.global_batch_size=6 is not a multiple of train"),
     (["train.steps=10", "schedule.warmup_steps=10"], "schedule.warmup_steps=10 leaves nothing of train.steps=10: make"),
     (["schedule.final=1.5"], "schedule.final=1.5 is not between 0 and 1"),

@@ -91,7 +91,7 @@ def beside_the_rule(dtypes: list[str], value_dims: set[int]) -> list[tuple]:
             for with_output in (False, True):
                 needed += norm.specialisations(value_dim, dtype, "float32", True, with_output).values()
         needed += [(name, dtype) for name in (*swiglu.MAKERS, *cross_entropy.MAKERS)]
-        needed.append(adamw(dtype))
+        needed += [adamw(dtype), adamw(dtype, dtype)]
     return needed
 
 

@@ -51,6 +51,7 @@ class StepReport:
             + ["activation checkpointing"] * train.activation_checkpointing
             + ["MLPs recomputed"] * train.recompute_mlp
             + ["convolutions recomputed"] * train.recompute_convolution
+            + [f"gradients of matrices in {train.gradient_dtype}"] * (train.gradient_dtype != "float32")
         )
         facts.add_row("settings", ", ".join(settings))
         facts.add_row("steps", f"{job.warmup} warm-up, {job.steps} timed, {job.profiled_steps} profiled")

@@ -36,6 +36,7 @@ class StepRow:
     activation_checkpointing: bool
     recompute_mlp: bool
     recompute_convolution: bool
+    gradient_dtype: str  # of the blocks' matrices, as the optimizer gets them
     optimizer: str
     status: str = "ok"
     reason: str = ""
@@ -78,6 +79,7 @@ class StepRow:
             train.activation_checkpointing,
             train.recompute_mlp and job.name == OURS,
             train.recompute_convolution and job.name == OURS,
+            train.gradient_dtype if job.name == OURS else "float32",
             job.optim.name,
             **rest,
         )

@@ -20,25 +20,50 @@ class Joint:
 
     `cast` is None where they go their own ways: without autocast on a GPU, or when one of them is not a plain
     `nn.Linear` without a bias (an adapter has been put around it).
+
+    rounds_gradients: gradients are left in `gradient`, of all weights below each other and in `cast`'s dtype, instead
+    of in each weight's `grad`. It is what autocast makes of them, without the copy in float32.
     """
 
     def __init__(self, owner: nn.Module, *names: str):
         self._owner, self._names = owner, names
         self.cast: torch.Tensor | None = None
+        self.rounds_gradients = False
+        self._receiver: torch.Tensor | None = None  # a leaf of autograd that shares its memory with the cast
         self._seen: tuple = ()
 
     def weights(self) -> tuple[torch.Tensor, ...]:
         return tuple(layer.weight for layer in self.layers())
 
+    def receivers(self) -> tuple[torch.Tensor, ...]:
+        """What products with `cast` are to hand the gradients to: the weights, or one tensor for all of them."""
+        if self._receiver is not None and self.rounds_gradients:
+            return (self._receiver,)
+        return self.weights()
+
+    @property
+    def gradient(self) -> torch.Tensor | None:
+        """Of the weights below each other, where `rounds_gradients`; None where nothing has arrived."""
+        return None if self._receiver is None else self._receiver.grad
+
+    def gradient_part(self, i: int) -> torch.Tensor | None:
+        """A weight's, a view of `gradient`."""
+        return None if self.gradient is None else self._parts(self.gradient, 0)[i]
+
+    def drop_gradient(self) -> None:
+        if self._receiver is not None:
+            self._receiver.grad = None
+
     def refresh(self, dtype: torch.dtype | None) -> None:
         """Makes `cast` hold the weights as they are now in `dtype`; None: drops it."""
         if dtype is None or not self.plain:
-            self.cast, self._seen = None, ()
+            self.cast, self._receiver, self._seen = None, None, ()
             return
         weights = self.weights()
         if self.cast is None or self.cast.dtype != dtype or self.cast.device != weights[0].device:
             rows = sum(weight.shape[0] for weight in weights)
             self.cast = weights[0].new_zeros(-(-rows // ALIGNED) * ALIGNED, weights[0].shape[1], dtype=dtype)
+            self._receiver = self.unpadded.detach().requires_grad_()
             self._seen = ()
         if not self.is_fresh():
             with torch.no_grad():
@@ -72,7 +97,7 @@ class Joint:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Their outputs side by side, [..., `cast` rows], in `cast`'s dtype; needs a cast."""
-        return product_with(x.to(self.cast.dtype), self.weights(), self.cast)
+        return product_with(x.to(self.cast.dtype), self.receivers(), self.cast)
 
     def apart(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The output of each."""
@@ -89,7 +114,7 @@ class Joint:
 
     def _parts(self, together: torch.Tensor, dim: int) -> tuple[torch.Tensor, ...]:
         rows = [weight.shape[0] for weight in self.weights()]
-        return together.split([*rows, together.shape[dim] - sum(rows)], dim)[:-1]
+        return together.split([*rows, together.shape[dim] - sum(rows)], dim)[: len(rows)]
 
 
 def _count_update(optimizer: torch.optim.Optimizer, *_) -> None:

@@ -48,7 +48,7 @@ def branch(
     """
     if part.takes_products:
         delta = None if delta is None else delta.to(x.dtype)
-        weights, cast = part.joint_in.weights(), part.joint_in.cast
+        weights, cast = part.joint_in.receivers(), part.joint_in.cast
         x, products = normed_product(x, delta, norm.weight, norm.eps, weights, cast, norm.offset)
         return x, part.of_products(products, *rest)
     x, y = normed(norm, x, delta)
@@ -136,7 +136,7 @@ class DeltaRuleMixer(nn.Module):
 
     def as_one(self, joint_BTC: torch.Tensor, documents, norm: GatedRMSNorm) -> torch.Tensor:
         """joint: the input projections side by side."""
-        (out_weight,), rows = self.joint_out.weights(), documents.rows
+        (out_weight,), rows = self.joint_out.receivers(), documents.rows
         packed = {
             "position_ids": documents.position_ids,
             "cu_seqlens": documents.cu_seqlens,
@@ -296,14 +296,14 @@ class MLP(nn.Module):
             select(swiglu.OPERATOR, "auto", swiglu.call_of(together))
 
     def of_products(self, together_BTF: torch.Tensor) -> torch.Tensor:
-        (down_weight,) = self.joint_out.weights()
+        (down_weight,) = self.joint_out.receivers()
         return swiglu_down(together_BTF[..., : 2 * self.down_proj.in_features], down_weight, self.joint_out.unpadded)
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
         if self.is_cast:
             cast, down_cast = self.joint_in.unpadded, self.joint_out.unpadded
-            (down_weight,) = self.joint_out.weights()
-            weights = self.joint_in.weights()
+            (down_weight,) = self.joint_out.receivers()
+            weights = self.joint_in.receivers()
             return swiglu_mlp(x_BTD.to(cast.dtype), weights, cast, down_weight, down_cast, self.keep_products)
         if not self.keep_products and torch.is_grad_enabled():
             return checkpoint(self._apart, x_BTD, use_reentrant=False)

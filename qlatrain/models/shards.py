@@ -74,14 +74,18 @@ def read_headers(folder: Path) -> dict[str, Stored]:
 def read_tensors(
     tensors: Iterable[Stored], device: torch.device | str = "cpu"
 ) -> Iterator[tuple[Stored, torch.Tensor]]:
-    """Each tensor with its values on `device`, file by file, each file opened once."""
+    """Each tensor with its values on `device`, file by file, each file opened once.
+
+    The host holds the pages of one file, mapped: handed straight to a GPU by safetensors, a tensor would pass through
+    page-locked memory of its size besides, which torch keeps.
+    """
     by_file: dict[Path, list[Stored]] = {}
     for stored in tensors:
         by_file.setdefault(stored.file, []).append(stored)
     for file, held in by_file.items():
-        with _opened(file, device) as handle:
+        with _opened(file) as handle:
             for stored in held:
-                yield stored, handle.get_tensor(stored.name)
+                yield stored, handle.get_tensor(stored.name).to(device)
 
 
 def write_shards(folder: Path, tensors: list[Pending], max_shard_bytes: int) -> None:
@@ -115,9 +119,9 @@ def _read_header(file: Path) -> list[Stored]:
         return [Stored(name, file, tuple(x.get_shape()), x.get_dtype()) for name, x in slices.items()]
 
 
-def _opened(file: Path, device: torch.device | str = "cpu"):
+def _opened(file: Path):
     try:
-        return safe_open(file, "pt", device=str(device))
+        return safe_open(file, "pt")
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} cannot be read: {error}") from error
 

@@ -65,9 +65,13 @@ class Layout:
         """The sum over processes, on every process, without waiting for the device."""
         return self.accelerator.reduce(tensor, reduction="sum") if self.world_size > 1 else tensor
 
-    def gradient_norm(self, parameters: Iterable[nn.Parameter]) -> torch.Tensor:
-        """The global norm of all gradients, on the device."""
-        return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    def gradient_norm(self, gradients: Iterable[torch.Tensor]) -> torch.Tensor:
+        """The global norm of all gradients in float32, whatever they are, on the device."""
+        by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
+        for gradient in gradients:
+            by_dtype.setdefault(gradient.dtype, []).append(gradient)
+        norms = [norm for same in by_dtype.values() for norm in torch._foreach_norm(same, dtype=torch.float32)]
+        return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros((), device=self.device)
 
     def wait_for_everyone(self) -> None:
         self.accelerator.wait_for_everyone()

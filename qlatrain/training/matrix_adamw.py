@@ -31,6 +31,10 @@ def no_cast(parameter: nn.Parameter) -> Tensor | None:
     return None
 
 
+def own_gradient(parameter: nn.Parameter) -> Tensor | None:
+    return parameter.grad
+
+
 class MatrixAdamW(torch.optim.Optimizer):
     """AdamW (Loshchilov and Hutter 2019) as torch.optim.AdamW(fused=True) computes it and keeps its state.
 
@@ -39,6 +43,7 @@ class MatrixAdamW(torch.optim.Optimizer):
         lr, betas, eps, weight_decay: as those of torch.optim.AdamW.
         cast_of: the tensor that is to hold the rounded parameter after each step: bfloat16 or float16, of its shape,
             contiguous; None where there is none. Asked in every step. A step that is left out does not write it.
+        gradient_of: the gradient of a parameter, float32, bfloat16 or float16, of its shape; None leaves it as it is.
 
     `found_inf` (a float tensor, 0 or 1), when set, makes `step` a no-op where it is 1, without a device wait;
     `grad_scale`, when set, is what gradients are divided by, on their way in: they stay as they are. Both are those of
@@ -61,9 +66,10 @@ class MatrixAdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         cast_of: Callable[[nn.Parameter], Tensor | None] = no_cast,
+        gradient_of: Callable[[nn.Parameter], Tensor | None] = own_gradient,
     ):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **AS_TORCH})
-        self.cast_of = cast_of
+        self.cast_of, self.gradient_of = cast_of, gradient_of
         self.found_inf: Tensor | None = None
         self.grad_scale: Tensor | None = None
 
@@ -82,7 +88,8 @@ class MatrixAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        updated = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        gradients = {p: self.gradient_of(p) for group in self.param_groups for p in group["params"]}
+        updated = [p for p, gradient in gradients.items() if gradient is not None]
         if not updated:
             return
         device = updated[0].device
@@ -93,10 +100,10 @@ class MatrixAdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             settings = [group[name] for name in ("lr", "betas", "eps", "weight_decay")]
             for p in group["params"]:
-                if p.grad is not None:
+                if (gradient := gradients[p]) is not None:
                     kept = self.state[p]
                     moments = kept["exp_avg"], kept["exp_avg_sq"]
-                    update(p, *moments, as_read(p.grad), self.cast_of(p), kept["step"], factor, skip, *settings)
+                    update(p, *moments, as_read(gradient), self.cast_of(p), kept["step"], factor, skip, *settings)
         increment_version(updated)
 
     def _state_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:

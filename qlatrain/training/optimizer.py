@@ -53,10 +53,18 @@ class Optimizers:
         named_parameters: (name, parameter) of the bare model; names are those of its checkpoint.
         config: rates and decays.
         joints: the casts of parameters in half precision.
+        rounding: those of them whose gradients are to come rounded.
+
+    Raises:
+        ValueError: our own kernel does not update the weights of one in `rounding`.
     """
 
     def __init__(
-        self, named_parameters: list[tuple[str, nn.Parameter]], config: OptimConfig, joints: Sequence[Joint] = ()
+        self,
+        named_parameters: list[tuple[str, nn.Parameter]],
+        config: OptimConfig,
+        joints: Sequence[Joint] = (),
+        rounding: Sequence[Joint] = (),
     ):
         self.names = {parameter: name for name, parameter in named_parameters}
         muon = [p for n, p in named_parameters if config.name == "muon" and is_block_matrix(n, p)]
@@ -70,15 +78,24 @@ class Optimizers:
         if refusal is None:
             updated = set(matrices["params"])
             self._joints = [joint for joint in joints if joint.plain and updated.issuperset(joint.weights())]
-            places = {weight: (joint, i) for joint in self._joints for i, weight in enumerate(joint.weights())}
-            cast_of = lambda p: places[p][0].part(places[p][1]) if p in places else None  # noqa: E731
-            self.parts: list[torch.optim.Optimizer] = [MatrixAdamW([matrices], **options, cast_of=cast_of)]
+            self._places = {weight: (joint, i) for joint in self._joints for i, weight in enumerate(joint.weights())}
+            given = {"cast_of": self._cast_of, "gradient_of": self._gradient_of}
+            self.parts: list[torch.optim.Optimizer] = [MatrixAdamW([matrices], **options, **given)]
             if others["params"]:
                 self.parts.append(torch.optim.AdamW([others], **options, fused=True))
             _say("optimizer: AdamW by our own kernel for matrices, by torch's fused one for the rest")
         else:
             self.parts = [torch.optim.AdamW([matrices, others], **options, fused=True)]
             _say(f"optimizer: torch's fused AdamW (not our own kernel: {refusal})")
+        self._rounding = list(rounding)
+        if left_out := [joint for joint in rounding if joint not in self._joints]:
+            raise ValueError(
+                f"train.gradient_dtype=bfloat16 needs the weights of all blocks updated by our own AdamW, and "
+                f"{len(left_out)} of {len(rounding)} products of theirs are not"
+                f"{f' ({refusal})' if refusal else ''}: use train.gradient_dtype=float32"
+            )
+        for joint in rounding:
+            joint.rounds_gradients = True
         if muon:
             self.parts.append(Muon(muon, config.muon_lr, config.muon_momentum, config.muon_weight_decay))
         self.peaks = [[group["lr"] for group in part.param_groups] for part in self.parts]
@@ -104,9 +121,24 @@ class Optimizers:
             for joint in fresh:
                 joint.accept()  # updated along with its weights
 
+    def gradients(self) -> list[Tensor]:
+        """All there are, each once, of whatever dtype."""
+        kept = [joint.gradient for joint in self._rounding] + [parameter.grad for parameter in self.names]
+        return [gradient for gradient in kept if gradient is not None]
+
     def zero_grad(self) -> None:
         for part in self.parts:
             part.zero_grad(set_to_none=True)
+        for joint in self._rounding:
+            joint.drop_gradient()
+
+    def _cast_of(self, parameter: nn.Parameter) -> Tensor | None:
+        joint, i = self._places.get(parameter, (None, 0))
+        return None if joint is None else joint.part(i)
+
+    def _gradient_of(self, parameter: nn.Parameter) -> Tensor | None:
+        joint, i = self._places.get(parameter, (None, 0))
+        return parameter.grad if joint is None or not joint.rounds_gradients else joint.gradient_part(i)
 
     def state(self) -> dict[str, Tensor]:
         """Flat names for a checkpoint: `<parameter>/<kind>`, such as `model.norm.weight/exp_avg`."""

@@ -112,9 +112,15 @@ class TrainStep:
                 block.compile(fullgraph=whole)
         prepared = layout.prepare(model)
         trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        rounding = [] if train.gradient_dtype == "float32" else model.model.joints
+        if rounding and layout.world_size > 1:
+            raise ValueError(
+                f"train.gradient_dtype={train.gradient_dtype} needs one process, not {layout.world_size}: "
+                "use train.gradient_dtype=float32"
+            )
         return cls(
             prepared,
-            Optimizers(trained, optim, [*model.model.joints, model.joint_head]),
+            Optimizers(trained, optim, [*model.model.joints, model.joint_head], rounding),
             layout,
             train.max_grad_norm,
             count_flops,
@@ -135,7 +141,7 @@ class TrainStep:
                 layout.backward(batch_nll * weight.to(batch_nll.dtype))
             nll += batch_nll.detach()
         with named_range("optimizer"):
-            grad_norm = layout.gradient_norm(self.model.parameters())
+            grad_norm = layout.gradient_norm(self.optimizers.gradients())
             skip = 1 - torch.isfinite(grad_norm).to(torch.float32)
             clip = (self.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1)  # as torch's clip_grad_norm_, in the update
             self.optimizers.step(lr_factor, skip, clip)

@@ -17,9 +17,12 @@ REGISTERS = 2**16  # of a multiprocessor
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH: the kernel cannot be compiled here")
-@pytest.mark.parametrize("cast", ["bfloat16", "float16", "none"])
-def test_resources(cast):
-    key = specialisation(cast)
+@pytest.mark.parametrize(
+    ("cast", "gradient"),
+    [("bfloat16", "float32"), ("float16", "float32"), ("none", "float32"), ("bfloat16", "bfloat16")],
+)
+def test_resources(cast, gradient):
+    key = specialisation(cast, gradient)
     found = resources(key)
     assert found.spilled == 0 and found.shared == 0
     assert 0 < found.registers * THREADS * BLOCKS <= REGISTERS
@@ -27,9 +30,10 @@ def test_resources(cast):
     source = kernel(key).get_kernel_source()
     for name in "pmv":
         assert f"*(float4*)({name} +" in source and f"= *(float4*)({name} +" in source  # written and read
-    assert "= *(float4*)(g +" in source and "*(float4*)(g +" not in source.replace("= *(float4*)(g +", "")
+    piece = "*(float4*)(g +" if gradient == "float32" else "*(uint2*)(g +"
+    assert f"= {piece}" in source and piece not in source.replace(f"= {piece}", "")
     assert ("*(uint2*)(casts +" in source) == (cast != "none")
-    assert source.index("*(float4*)(g +") < source.index("powf") < source.index("sqrtf(vs")
+    assert source.index(piece) < source.index("powf") < source.index("sqrtf(vs")
     assert callable(launcher(key)) and library(key).exists()
 
 

@@ -65,6 +65,22 @@ def test_as_torch(betas, dtype):
     assert all(kept["step"] == 4 for kept in ours.state.values())
 
 
+def test_gradients_in_half_precision():
+    """As with the same values in float32, to the last bit."""
+    runs = []
+    for dtype in (torch.bfloat16, torch.float32):
+        given = parameters()
+        gradients = {}
+        optimizer = MatrixAdamW(given, **SETTINGS, gradient_of=gradients.get)
+        for seed in range(3):
+            for i, p in enumerate(given):
+                torch.manual_seed(10 * seed + i)
+                gradients[p] = torch.randn_like(p).bfloat16().to(dtype)
+            optimizer.step()
+        runs.append(given)
+    assert all(torch.equal(one, other) for one, other in zip(*runs, strict=True))
+
+
 @pytest.mark.parametrize("first", [True, False])
 def test_a_step_left_out_changes_nothing(first):
     given = parameters()

@@ -17,16 +17,19 @@ NO, YES, ONE = torch.zeros(1), torch.ones(1), torch.ones(1)
 
 @pytest.fixture(scope="module")
 def runs():
-    """The kernel by the dtype of its cast: with one thread a block, on tensors of float32 and the cast."""
+    """The kernel, with one thread a block: on tensors of float32, with a cast or without, or a half-precision g."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(update, "THREADS", 1)
-        kernels = {cast: compile_for_cpu(update.update_kernel, cast, monkeypatch=patch) for cast in ("none", "float32")}
+        kernels = {
+            (cast, gradient): compile_for_cpu(update.update_kernel, cast, gradient, monkeypatch=patch)
+            for cast, gradient in (("none", "float32"), ("float32", "float32"), ("none", "float16"))
+        }
 
     def run(p, m, v, g, cast, step, factor=ONE, skip=NO, betas=BETAS, eps=EPS):
-        name = "none" if cast is None else "float32"
+        kernel = kernels["none" if cast is None else "float32", str(g.dtype).removeprefix("torch.")]
         blocks = max(1, -(-(p.numel() // PIECE) // AHEAD))
         settings = LR, *betas, eps, WEIGHT_DECAY
-        kernels[name](p, m, v, g, p if cast is None else cast, step, factor, skip, blocks, *settings)
+        kernel(p, m, v, g, p if cast is None else cast, step, factor, skip, blocks, *settings)
 
     return run
 
@@ -59,6 +62,18 @@ def test_several_steps(size, with_cast, runs):
     largest = kept["exp_avg"].abs().max().item()  # of a few gradients that may cancel
     torch.testing.assert_close(m.double(), kept["exp_avg"], rtol=1e-6, atol=1e-6 * largest)
     torch.testing.assert_close(v.double(), kept["exp_avg_sq"], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("size", [3, 9, 64])
+def test_a_gradient_in_half_precision(size, runs):
+    """The very same as with its values in float32."""
+    g = draw(size, 7).half()
+    results = []
+    for gradient in (g, g.float()):
+        p, m, v = draw(size, 0), draw(size, 1), draw(size, 2).square()
+        runs(p, m, v, gradient, None, torch.tensor([3.0]), torch.tensor([0.25]))
+        results.append((p, m, v))
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
 def test_a_step_left_out(runs):

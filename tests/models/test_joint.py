@@ -46,6 +46,28 @@ def test_outputs_and_gradients_are_those_of_each():
     torch.testing.assert_close(got[0].double(), dx, rtol=0.01, atol=0.05)
 
 
+def test_rounded_gradients():
+    """All in one tensor, of the cast's dtype: those of the weights, rounded; nothing arrives at the weights."""
+    two, x = Two(), draw(2, 5, 16, dtype=torch.bfloat16)
+    two.joint.refresh(torch.bfloat16)
+    dy = draw(2, 5, 24, seed=1, dtype=torch.bfloat16)
+    two.joint(x).backward(dy)
+    expected = [layer.weight.grad for layer in (two.a, two.b)]
+    two.zero_grad()
+    two.joint.rounds_gradients = True
+    assert two.joint.gradient is None and two.joint.gradient_part(1) is None
+    two.joint(x).backward(dy)
+    assert two.a.weight.grad is None and two.joint.gradient.shape == (21, 16)
+    for i, gradient in enumerate(expected):
+        assert torch.equal(two.joint.gradient_part(i), gradient.bfloat16())
+    with torch.no_grad():
+        two.a.weight.mul_(2)
+    two.joint.refresh(torch.bfloat16)
+    assert two.joint.receivers()[0].data_ptr() == two.joint.cast.data_ptr()
+    two.joint.drop_gradient()
+    assert two.joint.gradient is None
+
+
 def test_casts_follow_the_weights():
     """An update, new data and another dtype are seen; without any of them nothing is cast anew."""
     two = Two()
@@ -168,6 +190,29 @@ def test_a_model_with_casts(architecture, monkeypatch):
     assert set(model.state_dict()) == names
     monkeypatch.setattr(hybrid, "cast_dtype", lambda device_type: torch.bfloat16)
     assert model(ids, labels=labels).item() == pytest.approx(expected.item(), rel=0.02)
+
+
+@pytest.mark.parametrize("keep_products", [True, False])
+@pytest.mark.parametrize("architecture", ["qwen3_5", "olmo_hybrid"])
+def test_a_model_with_gradients_in_one_tensor(architecture, keep_products, monkeypatch):
+    """They are those of the weights, which get none; what is no product keeps its own."""
+    monkeypatch.setattr(hybrid, "cast_dtype", lambda device_type: torch.float32)
+    config = small_config(architecture=architecture)
+    model = HybridForCausalLM(config, seed=0)
+    ids = torch.randint(config.vocab_size, (2, 17), generator=torch.Generator().manual_seed(1))
+    for mlp in model.model.mlps:
+        mlp.keep_products = keep_products
+    model(ids, labels=ids).backward()
+    expected = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    for joint in model.model.joints:
+        joint.rounds_gradients = True
+    model(ids, labels=ids).backward()
+    found = {weight: joint.gradient_part(i) for joint in model.model.joints for i, weight in enumerate(joint.weights())}
+    assert len(found) >= 15
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is None) == (parameter in found), name
+        torch.testing.assert_close(found.get(parameter, parameter.grad), expected[name], rtol=1e-4, atol=1e-6)
 
 
 def test_who_updates_the_casts_as_well():

@@ -2,6 +2,11 @@ import pytest
 import torch
 from training_helpers import assert_identical, fill_gradients, optimizers_of, snapshot, tiny_model
 
+from qlatrain.config import OptimConfig, ParallelConfig
+from qlatrain.parallel import Layout
+from qlatrain.training import optimizer as optimizer_module
+from qlatrain.training.optimizer import Optimizers
+
 NO_SKIP, SKIP = torch.tensor(0.0), torch.tensor(1.0)
 BIAS = ("q_proj.bias", "k_proj.bias", "v_proj.bias", "o_proj.bias")
 
@@ -30,6 +35,38 @@ def test_adamw_decays_matrices_only(tied):
         assert special or parameter.ndim == 2
     assert any("conv1d" in name for name in undecayed) and any(name.endswith("A_log") for name in undecayed)
     assert any(name.endswith(BIAS) for name in undecayed)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_rounded_gradients_need_our_own_kernel(name):
+    model = tiny_model()
+    joints = model.model.joints
+    with pytest.raises(ValueError, match=r"train\.gradient_dtype=bfloat16 needs .* our own AdamW"):
+        Optimizers(list(model.named_parameters()), OptimConfig(name=name), joints, joints)
+    assert not any(joint.rounds_gradients for joint in joints)
+
+
+def test_rounded_gradients_are_found(monkeypatch):
+    """Those of a product's weights in their one tensor, all others where they were; and are dropped with them."""
+    monkeypatch.setattr(optimizer_module, "_refuses_own_kernel", lambda matrices: None)
+    model = tiny_model()
+    joints = model.model.joints
+    optimizers = Optimizers(list(model.named_parameters()), OptimConfig(name="adamw"), joints, joints)
+    for joint in joints:
+        joint.refresh(torch.bfloat16)
+        (receiver,) = joint.receivers()
+        receiver.grad = torch.randn_like(receiver)
+    model.model.norm.weight.grad = torch.ones_like(model.model.norm.weight)
+    joint, ours = joints[0], optimizers.parts[0]
+    for i, weight in enumerate(joint.weights()):
+        assert torch.equal(ours.gradient_of(weight), joint.gradient_part(i)) and weight.grad is None
+    assert ours.gradient_of(model.model.embed_tokens.weight) is None
+    gradients = optimizers.gradients()
+    assert len(gradients) == len(joints) + 1 and gradients[-1] is model.model.norm.weight.grad
+    norm = Layout(ParallelConfig("single"), "no").gradient_norm(gradients)
+    torch.testing.assert_close(norm, torch.cat([g.float().flatten() for g in gradients]).norm())
+    optimizers.zero_grad()
+    assert optimizers.gradients() == []
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -33,10 +33,10 @@ def config() -> ModelConfig:
     )
 
 
-def step_of(backend: str = "auto", compiled: bool = False) -> TrainStep:
+def step_of(backend: str = "auto", compiled: bool = False, gradient_dtype: str = "float32") -> TrainStep:
     layout = Layout(ParallelConfig("single"), "bf16")
     model = HybridForCausalLM(config(), KernelConfig(gated_delta_rule=backend), seed=0)
-    train = StepConfig(mixed_precision="bf16", compile=compiled)
+    train = StepConfig(mixed_precision="bf16", compile=compiled, gradient_dtype=gradient_dtype)
     return TrainStep.of(model, layout, train, OptimConfig(name="adamw", lr=1e-3), FlopCounter(config()).step_flops)
 
 
@@ -55,9 +55,11 @@ def batch(seed: int, lengths: list[int]) -> PackedBatch:
 LAYOUTS = [[TOKENS], [100, 412], [1, 63, 448], [200, 200, 112], [TOKENS], [7] * 64 + [64]]
 
 
+@pytest.mark.parametrize("gradient_dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_losses_are_those_of_plain_operators(compiled):
-    ours, plain = step_of(compiled=compiled), step_of(backend="torch")
+def test_losses_are_those_of_plain_operators(compiled, gradient_dtype):
+    torch._dynamo.reset()
+    ours, plain = step_of(compiled=compiled, gradient_dtype=gradient_dtype), step_of(backend="torch")
     for seed in range(12):
         data = batch(seed, LAYOUTS[seed % len(LAYOUTS)])
         got, expected = ours([data], 1.0, False).read(), plain([data], 1.0, False).read()

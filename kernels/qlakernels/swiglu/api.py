@@ -77,7 +77,7 @@ class _SwigluDown(torch.autograd.Function):
 
 def swiglu_mlp(
     x: torch.Tensor,
-    weights: tuple[torch.Tensor, torch.Tensor],
+    weights: tuple[torch.Tensor, ...],
     cast: torch.Tensor,
     down_weight: torch.Tensor,
     down_cast: torch.Tensor,
@@ -87,7 +87,8 @@ def swiglu_mlp(
 
     Args:
         x: [..., D].
-        weights: gate and up, [F, D] each; with down_weight, [D_out, F], they get the gradients, in their own dtypes.
+        weights: gate and up, [F, D] each, or both in one tensor, [2 F, D]; with down_weight, [D_out, F], they get the
+            gradients, in their own dtypes.
         cast: [2 F, D], gate above up, and down_cast [D_out, F], in x's dtype; they are what is multiplied with.
         keep_products: without, the first two products are made anew in the backward as well, and x alone is kept.
 
@@ -104,6 +105,7 @@ class _SwigluMLP(torch.autograd.Function):
     def forward(ctx, x, cast, down_cast, down_weight, *weights):
         ctx.save_for_backward(x, cast, down_cast)
         ctx.dtypes = [weight.dtype for weight in (down_weight, *weights)]
+        ctx.rows = [weight.shape[0] for weight in weights]
         together = torch.matmul(x, cast.t())
         return torch.matmul(select(OPERATOR, "auto", call_of(together)).run.forward(together), down_cast.t())
 
@@ -112,13 +114,12 @@ class _SwigluMLP(torch.autograd.Function):
         x, cast, down_cast = ctx.saved_tensors
         d_together, between = gradients(torch.matmul(dy, down_cast), product_again(x, cast))
         dx = torch.matmul(d_together, cast) if ctx.needs_input_grad[0] else None
-        width = between.shape[-1]
         return (
             dx,
             None,
             None,
             *weight_gradients(dy, between, [len(down_cast)], ctx.dtypes[:1], ctx.needs_input_grad[3:4]),
-            *weight_gradients(d_together, x, [width, width], ctx.dtypes[1:], ctx.needs_input_grad[4:]),
+            *weight_gradients(d_together, x, ctx.rows, ctx.dtypes[1:], ctx.needs_input_grad[4:]),
         )
 
 

@@ -10,6 +10,7 @@ MAKERS = {"adamw_update": "update.update_kernel"}
 add_kernels(__name__, MAKERS, pass_configs=dict.fromkeys(MAKERS, PASS_CONFIGS), host=("operator",))
 
 
-def specialisation(cast: str) -> tuple:
-    """The key of the kernel. cast: the dtype of the cast it writes, "bfloat16" or "float16", or "none"."""
-    return "adamw_update", cast
+def specialisation(cast: str, gradient: str = "float32") -> tuple:
+    """The key of the kernel. cast: the dtype of the cast it writes, "bfloat16" or "float16", or "none"; gradient: that
+    of the gradient."""
+    return "adamw_update", cast, gradient

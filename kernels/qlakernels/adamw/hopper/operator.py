@@ -9,7 +9,7 @@ from qlakernels.adamw.hopper.kernels import specialisation
 from qlakernels.adamw.hopper.sizes import AHEAD, PIECE, THREADS
 from qlakernels.compiled import launcher
 
-CASTS = (torch.bfloat16, torch.float16)
+HALVES = (torch.bfloat16, torch.float16)
 
 
 def update(
@@ -32,8 +32,9 @@ def update(
     of what is written are changed.
 
     Args:
-        p, m, v, g: the parameter, its moving averages of the gradient and of its square, the gradient; float32, of one
-            shape, whatever it is, contiguous, beginning at multiples of 16 bytes, on a Hopper GPU.
+        p, m, v, g: the parameter, its moving averages of the gradient and of its square, the gradient; of one shape,
+            whatever it is, contiguous, beginning at multiples of 16 bytes, on a Hopper GPU; float32, but g may be
+            bfloat16 or float16.
         cast: of p's shape, bfloat16 or float16, contiguous, beginning at a multiple of 8 bytes; or None.
         step: which update this is, from 1 on; as `factor` and `skip` one float32 number on p's device.
         factor: what gradients are multiplied by.
@@ -44,11 +45,12 @@ def update(
         ValueError: a tensor has another dtype, shape, layout or device than these.
     """
     for name, x in (("p", p), ("m", m), ("v", v), ("g", g)):
-        if x.dtype != torch.float32:
-            raise ValueError(f"{name} is {x.dtype}: the update takes torch.float32")
+        if x.dtype != torch.float32 and (x is not g or g.dtype not in HALVES):
+            halves = ", torch.bfloat16 or torch.float16" if x is g else ""
+            raise ValueError(f"{name} is {x.dtype}: the update takes torch.float32{halves}")
         _check_layout(name, x, p, 16)
     if cast is not None:
-        if cast.dtype not in CASTS:
+        if cast.dtype not in HALVES:
             raise ValueError(f"cast is {cast.dtype}: give torch.bfloat16, torch.float16 or None")
         _check_layout("cast", cast, p, 8)
     for name, x in (("step", step), ("factor", factor), ("skip", skip)):
@@ -60,7 +62,7 @@ def update(
     size = p.numel()
     if size == 0:
         return
-    launch = _launcher(None if cast is None else cast.dtype, p.device)
+    launch = _launcher(None if cast is None else cast.dtype, g.dtype, p.device)
     row = p.detach().view(-1)
     launch(
         row,
@@ -99,7 +101,8 @@ def _check_layout(name: str, x: Tensor, p: Tensor, alignment: int) -> None:
 
 
 @cache
-def _launcher(cast_dtype: torch.dtype | None, device: torch.device):
+def _launcher(cast_dtype: torch.dtype | None, gradient_dtype: torch.dtype, device: torch.device):
     if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
         raise ValueError(f"p is on {device}: the update needs a Hopper GPU, of compute capability 9.0")
-    return launcher(specialisation("none" if cast_dtype is None else str(cast_dtype).removeprefix("torch.")))
+    names = ("none" if dtype is None else str(dtype).removeprefix("torch.") for dtype in (cast_dtype, gradient_dtype))
+    return launcher(specialisation(*names))
