@@ -66,7 +66,7 @@ def test_as_torch(betas, dtype):
 
 
 def test_gradients_in_half_precision():
-    """As with the same values in float32, to the last bit."""
+    """As with the same values in float32, but for a last bit: another kernel, whose products may be fused otherwise."""
     runs = []
     for dtype in (torch.bfloat16, torch.float32):
         given = parameters()
@@ -78,7 +78,8 @@ def test_gradients_in_half_precision():
                 gradients[p] = torch.randn_like(p).bfloat16().to(dtype)
             optimizer.step()
         runs.append(given)
-    assert all(torch.equal(one, other) for one, other in zip(*runs, strict=True))
+    for one, other in zip(*runs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=3e-5 * SETTINGS["lr"])
 
 
 @pytest.mark.parametrize("first", [True, False])

@@ -60,18 +60,32 @@ def sigmoid_of(x, factor):
 
 
 @T.macro
-def load_gates(raw, g, beta, first, size, head, lane):
-    """raw [4] ← the gates of tokens `lane` and `lane` + 32 of the chunk at token `first`, and their step sizes; 0 for
-    tokens that do not exist. Called a chunk ahead: the loads are on their way while the chunk before is worked on."""
+def load_gates(loaded_g, loaded_beta, g, beta, first, size, head, lane):
+    """loaded_g, loaded_beta [2], as they are stored ← those of tokens `lane` and `lane` + 32 of the chunk at token
+    `first`, which has `size` tokens, one at least; of its last one, where there is none.
+
+    Called a chunk ahead: the loads are on their way while the chunk before is worked on. Without a branch, or one would
+    wait for the other, and without a cast, which would wait at once: as columns of a wide projection they lie in 128
+    rows, and together took longer than a chunk.
+    """
     for half in T.unroll(2):
-        token = half * 32 + lane
-        raw[half] = T.if_then_else(token < size, T.cast(g[first + token, head], "float32"), 0.0)
-        raw[2 + half] = T.if_then_else(token < size, T.cast(beta[first + token, head], "float32"), 0.0)
+        token = T.min(half * 32 + lane, size - 1)
+        loaded_g[half] = g[first + token, head]
+        loaded_beta[half] = beta[first + token, head]
+
+
+@T.macro
+def take_gates(raw, loaded_g, loaded_beta, size, lane):
+    """raw [4] ← what `load_gates` has loaded, in float32, gates before step sizes; 0 for tokens that do not exist."""
+    for half in T.unroll(2):
+        there = half * 32 + lane < size
+        raw[half] = T.Select(there, T.cast(loaded_g[half], "float32"), T.float32(0.0))
+        raw[2 + half] = T.Select(there, T.cast(loaded_beta[half], "float32"), T.float32(0.0))
 
 
 @T.macro
 def make_gates(vec, stage, lane, raw, other, rate, bias, size, beta_factor, gate, sigmoid, gates, slot, head, write):
-    """vec[stage]'s vectors of the gates ← what `load_gates` left in raw, `size` tokens; by a warp, two tokens a lane.
+    """vec[stage]'s vectors of the gates ← what `take_gates` left in raw, `size` tokens; by a warp, two tokens a lane.
 
     rate, bias: −exp(A_log) and dt_bias of the head. `write`: gates[slot, head] ← Σg and β as well.
     """
@@ -79,10 +93,10 @@ def make_gates(vec, stage, lane, raw, other, rate, bias, size, beta_factor, gate
         token = half * 32 + lane
         if gate:
             y = raw[half] + bias
-            raw[half] = T.if_then_else(token < size, rate * softplus(y), 0.0)
+            raw[half] = T.Select(token < size, rate * softplus(y), T.float32(0.0))
         raw[half] = T.max(raw[half], LEAST_DECAY)
         if sigmoid:
-            raw[2 + half] = T.if_then_else(token < size, sigmoid_of(raw[2 + half], beta_factor), 0.0)
+            raw[2 + half] = T.Select(token < size, sigmoid_of(raw[2 + half], beta_factor), T.float32(0.0))
         for step in T.unroll(5):
             other[0] = T.shfl_up(raw[half], 1 << step)
             if lane >= 1 << step:
@@ -380,8 +394,8 @@ def make_N(
 
 @T.macro
 def serve_gates(
-    vec, lane, raw, next_raw, other, g, beta, A_log, dt_bias, start, length, chunks, head, beta_factor, k_empty,
-    gates_full, gate, sigmoid, reverse, gates, slot,
+    vec, lane, raw, loaded_g, loaded_beta, other, g, beta, A_log, dt_bias, start, length, chunks, head, beta_factor,
+    k_empty, gates_full, gate, sigmoid, reverse, gates, slot,
 ):  # fmt: skip
     """The role of a scan's warp that makes the gates of its chunks, from the last to the first if `reverse`."""
     rate = T.alloc_var("float32", init=0.0)
@@ -391,14 +405,15 @@ def serve_gates(
         bias = dt_bias[head]
     if chunks > 0:
         first_chunk = chunks - 1 if reverse else 0
-        load_gates(next_raw, g, beta, start + first_chunk * CHUNK, length - first_chunk * CHUNK, head, lane)
+        size = length - first_chunk * CHUNK
+        load_gates(loaded_g, loaded_beta, g, beta, start + first_chunk * CHUNK, size, head, lane)
     for step in T.serial(chunks):
         c = chunks - 1 - step if reverse else step
-        for x in T.unroll(4):
-            raw[x] = next_raw[x]
+        take_gates(raw, loaded_g, loaded_beta, length - c * CHUNK, lane)
         if step + 1 < chunks:
             then = c - 1 if reverse else c + 1
-            load_gates(next_raw, g, beta, start + then * CHUNK, length - then * CHUNK, head, lane)
+            size = length - then * CHUNK
+            load_gates(loaded_g, loaded_beta, g, beta, start + then * CHUNK, size, head, lane)
         wait(k_empty, step % STAGES, (step // STAGES + 1) % 2)
         make_gates(
             vec, step % STAGES, lane, raw, other, rate, bias, length - c * CHUNK, beta_factor, gate, sigmoid, gates,

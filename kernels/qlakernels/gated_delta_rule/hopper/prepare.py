@@ -19,6 +19,7 @@ from qlakernels.gated_delta_rule.hopper.chunk import (
     make_key_vectors,
     make_N,
     make_query_vectors,
+    take_gates,
     weigh,
 )
 from qlakernels.gated_delta_rule.hopper.common import (
@@ -80,6 +81,7 @@ def prepare_kernel(key_dim, dtype, l2norm, gate, sigmoid, raw_dtype, beta_dtype,
             a, b, c_ = (T.alloc_local((8,), "float16") for _ in range(3))
             out, column = T.alloc_local((16,), "float32"), T.alloc_local((8,), "float32")
             raw, other = T.alloc_local((4,), "float32"), T.alloc_local((1,), "float32")
+            loaded_g, loaded_beta = T.alloc_local((2,), raw_dtype), T.alloc_local((2,), beta_dtype)
             if reverse:
                 q_s = T.alloc_shared((1, C, K), dtype)
                 P_s = T.alloc_shared((C, C), dtype)
@@ -135,7 +137,8 @@ def prepare_kernel(key_dim, dtype, l2norm, gate, sigmoid, raw_dtype, beta_dtype,
                             if gate:
                                 rate = -T.exp(A_log[head])
                                 bias = dt_bias[head]
-                            load_gates(raw, g, beta, first, size, head, thread % 32)
+                            load_gates(loaded_g, loaded_beta, g, beta, first, size, head, thread % 32)
+                            take_gates(raw, loaded_g, loaded_beta, size, thread % 32)
                             make_gates(
                                 vec, 0, thread % 32, raw, other, rate, bias, size, beta_factor, gate, sigmoid, None, 0,
                                 head, False,

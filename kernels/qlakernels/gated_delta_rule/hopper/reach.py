@@ -56,10 +56,14 @@ def decay_kernel(gate, sigmoid, raw_dtype, beta_dtype):
             first = place[FIRST]
             size = place[LEFT]
             head = part * WIDTH
+            for i, j in T.Parallel(C, WIDTH):  # without branches, so that all loads are on their way at once
+                token = T.max(first + T.min(i, size - 1), 0)
+                x[i, j] = T.cast(g[token, T.min(head + j, heads - 1)], "float32")
+                y[i, j] = T.cast(beta[token, T.min(head + j, heads - 1)], "float32")
             for i, j in T.Parallel(C, WIDTH):
                 there = i < size and head + j < heads
-                x[i, j] = T.if_then_else(there, T.cast(g[first + i, head + j], "float32"), 0.0)
-                y[i, j] = T.if_then_else(there, T.cast(beta[first + i, head + j], "float32"), 0.0)
+                x[i, j] = T.Select(there, x[i, j], T.float32(0.0))
+                y[i, j] = T.Select(there, y[i, j], T.float32(0.0))
             if gate:
                 for i, j in T.Parallel(C, WIDTH):
                     x[i, j] += T.if_then_else(head + j < heads, dt_bias[head + j], 0.0)

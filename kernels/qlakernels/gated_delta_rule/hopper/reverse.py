@@ -131,7 +131,7 @@ def reverse_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
             a, b, c_ = (T.alloc_local((8,), "float16") for _ in range(3))
             out, column = T.alloc_local((16,), "float32"), T.alloc_local((8,), "float32")
             raw, other = T.alloc_local((4,), "float32"), T.alloc_local((1,), "float32")
-            next_raw = T.alloc_local((4,), "float32")
+            loaded_g, loaded_beta = T.alloc_local((2,), raw_dtype), T.alloc_local((2,), beta_dtype)
             a_, b_ = T.alloc_local((8,), dtype), T.alloc_local((8,), dtype)
 
             k_full, k_empty = T.alloc_barrier([32] * STAGES), T.alloc_barrier([consumers] * STAGES)
@@ -289,8 +289,8 @@ def reverse_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
                         arrive(do_full, 0)
                 elif thread < base + 64:
                     serve_gates(
-                        vec, thread % 32, raw, next_raw, other, g, beta, A_log, dt_bias, start, length, chunks,
-                        head, beta_factor, k_empty, gates_full, gate, sigmoid, True, gates, slot,
+                        vec, thread % 32, raw, loaded_g, loaded_beta, other, g, beta, A_log, dt_bias, start, length,
+                        chunks, head, beta_factor, k_empty, gates_full, gate, sigmoid, True, gates, slot,
                     )  # fmt: skip
                 else:
                     serve_queries(
