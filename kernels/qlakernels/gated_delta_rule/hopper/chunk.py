@@ -123,7 +123,7 @@ def square_rows(vec, stage, q_s, q_stage, top, lane, a, b, sums, key_dim, dtype)
     """
     for x in T.unroll(8):
         sums[x] = 0.0
-    for step in T.unroll(key_dim // BLOCK):
+    for step in T.unroll(key_dim // BLOCK, unroll_factor=2):
         T.ptx_ldmatrix(
             T.bool(False),
             4,

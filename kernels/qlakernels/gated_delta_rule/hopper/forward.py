@@ -188,10 +188,10 @@ def forward_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
                     entered = T.alloc_var("int32")
                     entered = T.min(section_of(cu_seqlens, document, start, section), cuts - 1)
                     for i, j in T.Parallel(part, K):
-                        S[i, j] = section_states[entered, head, columns + i, j]
+                        S[i, j] = T.if_then_else(columns + i < V, section_states[entered, head, columns + i, j], 0.0)
                 elif starts > 0:
                     for i, j in T.Parallel(part, K):
-                        S[i, j] = initial_state[document, head, j, columns + i]
+                        S[i, j] = T.if_then_else(columns + i < V, initial_state[document, head, j, columns + i], 0.0)
                 else:
                     T.clear(S)
                 for c in T.serial(chunks):
@@ -294,7 +294,8 @@ def forward_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
                     arrive(k_empty, stage)
                 if ends > 0 and closes > 0:
                     for i, j in T.Parallel(part, K):
-                        final_state[document, head, j, columns + i] = S[i, j]
+                        if columns + i < V:
+                            final_state[document, head, j, columns + i] = S[i, j]
                 T.tma_store_wait(0)
             elif thread < base:
                 T.set_max_nreg(auxiliary_registers, 0)

@@ -24,12 +24,15 @@ MAKERS = {
 
 # Kernels of several roles synchronise by hand, and no two of their buffers share memory.
 BY_HAND = {"tl.disable_thread_storage_sync": True, "tl.disable_shared_memory_reuse": True}
+# Loops of these are longer than the instruction cache, and wait for it: see docs/kernels.md. Every access to global
+# memory is guarded by hand.
+SHORT = BY_HAND | {"tl.enable_fast_math": True, "tl.disable_safe_memory_legalize": True}
 IN_SEGMENTS = [name + suffix for name in ("prepare", "segments", "stitch") for suffix in ("", "_reverse")]
 
 add_kernels(
     __name__,
     MAKERS,
-    pass_configs=dict.fromkeys(("forward", "reverse", "gradients", *IN_SEGMENTS), BY_HAND),
+    pass_configs=dict.fromkeys(("forward", "reverse", "gradients"), SHORT) | dict.fromkeys(IN_SEGMENTS, BY_HAND),
     host=("operator", "constants", "resources"),
     slowest=("gradients",),
 )

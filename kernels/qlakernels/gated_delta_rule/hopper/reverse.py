@@ -172,10 +172,10 @@ def reverse_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
                     entered = T.alloc_var("int32")
                     entered = T.min(section_of(cu_seqlens, document, start + T.max(length - 1, 0), section), cuts - 1)
                     for i, j in T.Parallel(part, K):
-                        dS[i, j] = section_states[entered, head, columns + i, j]
+                        dS[i, j] = T.if_then_else(columns + i < V, section_states[entered, head, columns + i, j], 0.0)
                 elif ends > 0:
                     for i, j in T.Parallel(part, K):
-                        dS[i, j] = d_final_state[document, head, j, columns + i]
+                        dS[i, j] = T.if_then_else(columns + i < V, d_final_state[document, head, j, columns + i], 0.0)
                 else:
                     T.clear(dS)
                 for step in T.serial(chunks):
@@ -259,7 +259,8 @@ def reverse_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
                     arrive(k_empty, stage)
                 if starts > 0 and opens > 0:
                     for i, j in T.Parallel(part, K):
-                        d_initial_state[document, head, j, columns + i] = dS[i, j]
+                        if columns + i < V:
+                            d_initial_state[document, head, j, columns + i] = dS[i, j]
                 T.tma_store_wait(0)
             elif thread < base:
                 T.set_max_nreg(auxiliary_registers, 0)
