@@ -49,6 +49,7 @@ def test_gate_gradients(gate, sigmoid, monkeypatch):
 @pytest.mark.parametrize("most", [boundaries.MOST, 100])
 def test_order_of_documents(most, monkeypatch):
     monkeypatch.setattr(boundaries, "MOST", most)
+    monkeypatch.setattr(boundaries, "REQUIREMENTS", None)
     kernel = compile_for_cpu(boundaries_kernel, monkeypatch=monkeypatch)
     random = torch.Generator().manual_seed(0)
     for lengths in (
