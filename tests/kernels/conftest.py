@@ -1,4 +1,5 @@
-"""The record of errors: with QLATRAIN_ERRORS_JSON set, the worst of each test and tensor is written to that file.
+"""GPU tests give memory back. And the record of errors: with QLATRAIN_ERRORS_JSON set, the worst of each test and tensor
+is written to that file.
 
 Under pytest-xdist each worker writes a file of its own, with its name behind.
 """
@@ -6,6 +7,17 @@ Under pytest-xdist each worker writes a file of its own, with its name behind.
 import os
 
 import pytest
+
+
+@pytest.fixture(autouse=True)
+def memory_given_back(request):
+    """Behind a GPU test: other processes run theirs on the same GPU."""
+    yield
+    if request.node.get_closest_marker("gpu"):
+        import torch
+
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -5,12 +5,13 @@ import json
 import pytest
 import torch
 from model_helpers import OLMO, assert_same_bits, config_of, small_config, small_model, stored, tokens
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from qlatrain.models import from_pretrained, huggingface, save_pretrained
+from qlatrain.models import from_pretrained, huggingface, save_pretrained, shards
 from qlatrain.models.huggingface import weights
-from qlatrain.models.shards import Stored, read_headers
+from qlatrain.models.shards import Stored, read_headers, read_tensors
 
 FAMILIES = {"qwen3_5_text": {}, "olmo_hybrid": OLMO}
 LIMIT = 20_000
@@ -106,6 +107,19 @@ def test_the_model_is_whole_before_the_first_tensor_is_read(sharded, monkeypatch
     monkeypatch.setattr(huggingface, "read_tensors", spy)
     model = from_pretrained(sharded)
     assert len(files) == len(weights(model)) and files == sorted(files), "a shard was opened twice"
+
+
+def test_a_file_is_mapped_and_nothing_more(sharded, monkeypatch):
+    """Told a device, safetensors brings tensors there through page-locked memory of their size, which torch keeps."""
+    devices = []
+
+    def spy(*arguments, device="cpu"):
+        devices.append(device)
+        return safe_open(*arguments, device=device)
+
+    monkeypatch.setattr(shards, "safe_open", spy)
+    tensors = dict(read_tensors(read_headers(sharded).values(), "meta"))
+    assert set(devices) == {"cpu"} and {tensor.device.type for tensor in tensors.values()} == {"meta"}
 
 
 def test_nothing_is_read_of_what_does_not_fit(sharded, monkeypatch):
