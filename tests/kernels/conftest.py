@@ -1,5 +1,5 @@
-"""GPU tests give memory back. And the record of errors: with QLATRAIN_ERRORS_JSON set, the worst of each test and tensor
-is written to that file.
+"""GPU tests give memory back; with QLATRAIN_ERRORS_JSON set, the worst error of each test and tensor is written to that
+file.
 
 Under pytest-xdist each worker writes a file of its own, with its name behind.
 """
