@@ -11,7 +11,6 @@ import logging
 import os
 import sys
 import tempfile
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,7 +30,6 @@ PROVER = {"auto_config": "false", "smt.arith.solver": "2"}
 def kernel(key: tuple):
     """The kernel as tilelang compiles it, or finds it in its own cache: with sources, for a look at it."""
     logging.getLogger("tilelang").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", "Non-empty msg", UserWarning)  # the assertions of `boundaries`
     maker = maker_of(key)
     make = getattr(importlib.import_module(f"{maker.package}.{maker.module}"), maker.function)
     with _prover(PROVER):

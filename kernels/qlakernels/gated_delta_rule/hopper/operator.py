@@ -204,7 +204,10 @@ def _boundaries(launch, q, cu_seqlens) -> tuple[torch.Tensor, torch.Tensor]:
 
 @contextmanager
 def _heard(cu_seqlens, tokens):
-    """What the device has against boundaries is printed by the next wait, unless an error in between comes first."""
+    """Adds to an error what the device may have against boundaries.
+
+    The requirement that does not hold is printed by the driver, at the wait at the latest.
+    """
     try:
         yield
     except torch.OutOfMemoryError:
