@@ -145,9 +145,7 @@ class StepConfig:
     max_grad_norm: float = 1.0
     compile: bool = False  # torch.compile each block
     activation_checkpointing: bool = False  # keep only block inputs, recompute the rest in the backward
-    recompute_mlp: bool = (
-        False  # keep the inputs of MLPs, recompute their first products: 4 F - 2 D bytes a token, layer
-    )
+    recompute_mlp: bool = False  # keep inputs of MLPs, not their first products: 4 F - 2 D bytes a token and layer less
     recompute_convolution: bool = False  # keep no convolved queries and keys: 4 Hk K bytes a token and GDN layer less
     gradient_dtype: str = "float32"  # of the blocks' matrices: float32 | bfloat16, rounded as autocast does
 

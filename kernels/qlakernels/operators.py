@@ -21,6 +21,11 @@ def weight_as_read(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return as_read(weight if weight.dtype in (torch.float32, dtype) else weight.float())
 
 
+def name_of(dtype: torch.dtype) -> str:
+    """As keys of kernels have it, "bfloat16" and the like."""
+    return str(dtype).removeprefix("torch.")
+
+
 def define(schema: str, run: Callable, fake: Callable) -> torch._ops.OpOverload:
     """The operator `qlakernels::…` of a schema; `fake` makes its outputs in a trace."""
     name = schema.partition("(")[0]

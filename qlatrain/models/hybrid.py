@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from qlakernels import compiled
 from qlakernels.backends import select
+from qlakernels.operators import name_of
 from qlakernels.precompile import of_a_model
 from qlakernels.residual_norm import api as residual_norm
 from qlatrain.config import KernelConfig, ModelConfig
@@ -122,8 +123,8 @@ class HybridForCausalLM(nn.Module):
     def load_kernels(self, device: torch.device, dtype: torch.dtype | None) -> None:
         """Compiles, side by side, what training will need one after the other; nothing where `traced_whole` is not."""
         if self.model.mixers and self.traced_whole(device, dtype):
-            heads, name = self.model.mixers[0].heads, str(dtype).removeprefix("torch.")
-            compiled.load(of_a_model(heads.key_dim, heads.value_dim, self.config.hidden_size, name))
+            heads = self.model.mixers[0].heads
+            compiled.load(of_a_model(heads.key_dim, heads.value_dim, self.config.hidden_size, name_of(dtype)))
 
     def tie_head(self) -> None:
         """Makes the head the embedding itself where the config says so."""

@@ -22,12 +22,12 @@ from qlatrain.models.joint import Joint
 class RMSNorm(nn.Module):
     """Zero-centred: x / rms(x) · (1 + weight), statistics in float32, so that weight decay pulls towards identity."""
 
+    offset = 1.0  # of the weight
+
     def __init__(self, dim: int, eps: float):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.zeros(dim))
-
-    offset = 1.0  # of the weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(x.float(), x.shape[-1:], self.offset + self.weight.float(), self.eps).type_as(x)

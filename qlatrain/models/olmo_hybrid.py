@@ -23,12 +23,12 @@ GATED_NORM_EPS = 1e-5  # that of FLA's layer, which OLMo-core trains with, whate
 class OlmoRMSNorm(nn.Module):
     """x / rms(x) · weight, in float32 up to the result."""
 
+    offset = 0.0  # of the weight
+
     def __init__(self, dim: int, eps: float):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
-
-    offset = 0.0  # of the weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps).type_as(x)

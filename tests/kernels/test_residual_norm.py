@@ -517,7 +517,6 @@ def test_on_a_gpu(dim, dtype, weight_dtype):
             given = inputs(*shape, dtype=dtype, weight_dtype=weight_dtype, with_delta=with_delta, device="cuda")
             first, second = (check(run, *given, eps=1e-6, offset=offset, used=used) for _ in range(2))
             assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
-    torch.cuda.empty_cache()  # others run beside this
 
 
 @pytest.mark.gpu

@@ -8,6 +8,7 @@ from torch import Tensor
 from qlakernels.adamw.hopper.kernels import specialisation
 from qlakernels.adamw.hopper.sizes import AHEAD, PIECE, THREADS
 from qlakernels.compiled import launcher
+from qlakernels.operators import name_of
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -104,5 +105,4 @@ def _check_layout(name: str, x: Tensor, p: Tensor, alignment: int) -> None:
 def _launcher(cast_dtype: torch.dtype | None, gradient_dtype: torch.dtype, device: torch.device):
     if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
         raise ValueError(f"p is on {device}: the update needs a Hopper GPU, of compute capability 9.0")
-    names = ("none" if dtype is None else str(dtype).removeprefix("torch.") for dtype in (cast_dtype, gradient_dtype))
-    return launcher(specialisation(*names))
+    return launcher(specialisation("none" if cast_dtype is None else name_of(cast_dtype), name_of(gradient_dtype)))

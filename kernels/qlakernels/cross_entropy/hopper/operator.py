@@ -7,12 +7,12 @@ import torch
 from qlakernels.compiled import launcher
 from qlakernels.cross_entropy.hopper import kernels  # noqa: F401  makes them known
 from qlakernels.cross_entropy.hopper.sizes import PIECE
-from qlakernels.operators import define
+from qlakernels.operators import define, name_of
 
 
 @cache
 def _launcher(dtype):
-    return launcher(("cross_entropy", str(dtype).removeprefix("torch.")))
+    return launcher(("cross_entropy", name_of(dtype)))
 
 
 def _run(logits, labels, words, with_gradient):

@@ -27,7 +27,7 @@ from qlakernels.gated_delta_rule.hopper.sizes import (
     VECTORS,
     value_parts,
 )
-from qlakernels.operators import below_autograd, define, differentiate, differentiate_no_further
+from qlakernels.operators import below_autograd, define, differentiate, differentiate_no_further, name_of
 
 LEAST_SEGMENT = 1024  # tokens; with shorter ones, or fewer to a document, the stitching costs more than it gains
 LEAST_CUTS = 3
@@ -127,17 +127,13 @@ def _steps(documents: int) -> int:
     return max(1, math.ceil(math.log2(documents)))
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 @cache
 def _launchers(
     key_dim, value_dim, dtype, l2norm, gate, sigmoid, raw_dtype, beta_dtype, keep, part, cut
 ) -> dict[str, Callable]:
     """The kernels of a call, and with `keep` of its backward, by name; compiled side by side where they are not yet."""
-    dtypes = _name(raw_dtype), _name(beta_dtype)
-    needed = specialisations(key_dim, value_dim, _name(dtype), l2norm, gate, sigmoid, *dtypes, keep, part, cut)
+    dtypes = name_of(raw_dtype), name_of(beta_dtype)
+    needed = specialisations(key_dim, value_dim, name_of(dtype), l2norm, gate, sigmoid, *dtypes, keep, part, cut)
     return launchers(needed)
 
 

@@ -13,7 +13,14 @@ import torch
 from qlakernels.compiled import launchers
 from qlakernels.norm.hopper.kernels import specialisations
 from qlakernels.norm.hopper.sizes import BLOCKS, LANES, PIECE, THREADS
-from qlakernels.operators import below_autograd, define, differentiate, differentiate_no_further, weight_as_read
+from qlakernels.operators import (
+    below_autograd,
+    define,
+    differentiate,
+    differentiate_no_further,
+    name_of,
+    weight_as_read,
+)
 
 # Tokens of a thread. Longer ones leave fewer sums and read the weight less often, shorter ones are more threads.
 STRETCH = {"forward": 32, "backward": 64}
@@ -88,8 +95,7 @@ def launch_backward(
 
 @cache
 def _launchers(dim, dtype, weight_dtype, keep, with_output):
-    dtypes = (str(x).removeprefix("torch.") for x in (dtype, weight_dtype))
-    return launchers(specialisations(dim, *dtypes, keep, with_output))
+    return launchers(specialisations(dim, name_of(dtype), name_of(weight_dtype), keep, with_output))
 
 
 def stretch_of(name: str, tokens: int, heads: int, dim: int) -> int:

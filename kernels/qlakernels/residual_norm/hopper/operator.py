@@ -17,6 +17,7 @@ from qlakernels.operators import (
     define,
     differentiate,
     differentiate_no_further,
+    name_of,
     weight_as_read,
 )
 from qlakernels.residual_norm.hopper.kernels import specialisations
@@ -32,8 +33,7 @@ def run(x, delta, weight, eps, offset):
 
 @cache
 def _launchers(dim, dtype, weight_dtype, residual, keep, with_normed=False):
-    dtypes = (str(x).removeprefix("torch.") for x in (dtype, weight_dtype))
-    return launchers(specialisations(dim, *dtypes, residual, keep, with_normed))
+    return launchers(specialisations(dim, name_of(dtype), name_of(weight_dtype), residual, keep, with_normed))
 
 
 def grid_of(rows: int, dim: int) -> int:

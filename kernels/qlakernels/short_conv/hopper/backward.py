@@ -21,7 +21,6 @@ from qlakernels.short_conv.hopper.march import (
     load_given,
     load_row,
     load_weights,
-    open_window,
     push,
     sigmoid,
     take,
@@ -94,7 +93,7 @@ def backward_kernel(width, dtype, weight_dtype, position_dtype, silu):
                     dy_at[0] += dy_step
                 load_given(positions, positioned, first, end, given)
                 load_weights(weight, group, raw_weights, weights)
-                open_window(before, window)
+                widen(before, window)
                 for s in T.unroll(width):
                     for j in T.unroll(C):
                         pending[s, j] = 0.0

@@ -14,7 +14,6 @@ from qlakernels.short_conv.hopper.march import (
     load_given,
     load_row,
     load_weights,
-    open_window,
     sigmoid,
     take,
     take_reaches,
@@ -70,7 +69,7 @@ def forward_kernel(width, dtype, weight_dtype, position_dtype, silu):
                     x_at[0] += x_step
                 load_given(positions, positioned, token, last, given)
                 load_weights(weight, group, raw_weights, weights)
-                open_window(before, window)
+                widen(before, window)
                 while token < last:
                     widen(rows, values)
                     take_reaches(given, place, row_length, reach)

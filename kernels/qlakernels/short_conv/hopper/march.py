@@ -58,14 +58,6 @@ def load_given(positions, positioned, token, end, given):
 
 
 @T.macro
-def open_window(rows, window):
-    """window [W, C] ← as if row 0 had just been taken, behind row 1, and so on"""
-    for s in T.unroll(rows.shape[0]):
-        for j in T.unroll(rows.shape[1]):
-            window[s, j] = value_of(rows, s, j)
-
-
-@T.macro
 def take_reaches(given, place, row_length, reach):
     """reach [batch] ← how many tokens in front of each are its document's; given [batch]: their positions. place [1]:
     that of the first of them in its row, and then that of the token behind them."""
@@ -76,7 +68,8 @@ def take_reaches(given, place, row_length, reach):
 
 @T.macro
 def widen(rows, values):
-    """values [batch, C] ← rows in float32"""
+    """The first rows of values ← rows [n, C] in float32: a batch; or, of a window, what `load_before` has loaded, as if
+    it had just been taken."""
     for i in T.unroll(rows.shape[0]):
         for j in T.unroll(rows.shape[1]):
             values[i, j] = value_of(rows, i, j)

@@ -14,6 +14,7 @@ from qlakernels.operators import (
     define,
     differentiate,
     differentiate_no_further,
+    name_of,
     weight_as_read,
 )
 from qlakernels.short_conv.hopper.kernels import specialisations, update_specialisation
@@ -34,7 +35,7 @@ def run(x, weight, position_ids, activation):
 
 @cache
 def _launchers(width, dtype, weight_dtype, position_dtype, silu, keep):
-    dtypes = map(_name, (dtype, weight_dtype, position_dtype))
+    dtypes = map(name_of, (dtype, weight_dtype, position_dtype))
     return launchers(specialisations(width, *dtypes, silu, keep))
 
 
@@ -132,7 +133,7 @@ def _backward(dy, x, weight, position_ids, silu):
 
 @cache
 def _update_launcher(width, dtype, weight_dtype, silu):
-    return launcher(update_specialisation(width, _name(dtype), _name(weight_dtype), silu))
+    return launcher(update_specialisation(width, name_of(dtype), name_of(weight_dtype), silu))
 
 
 def update(x, state, weight, activation):
@@ -149,10 +150,6 @@ def update(x, state, weight, activation):
             y.view(rows, groups, -1),
         )
     return y
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 _forward_op = define(

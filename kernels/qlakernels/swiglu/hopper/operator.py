@@ -5,15 +5,14 @@ from functools import cache
 import torch
 
 from qlakernels.compiled import launchers
-from qlakernels.operators import as_read, define
+from qlakernels.operators import as_read, define, name_of
 from qlakernels.swiglu.hopper import kernels  # noqa: F401  makes them known
 from qlakernels.swiglu.hopper.sizes import PIECE
 
 
 @cache
 def _launchers(dtype):
-    name = str(dtype).removeprefix("torch.")
-    return launchers({direction: (f"swiglu_{direction}", name) for direction in ("forward", "backward")})
+    return launchers({direction: (f"swiglu_{direction}", name_of(dtype)) for direction in ("forward", "backward")})
 
 
 def _forward(together):
