@@ -139,7 +139,8 @@ def environment() -> dict:
         "git_commit": commit,
         "git_dirty": dirty,
         "python": platform.python_version(),
-        "versions": {package: _version(package) for package in PACKAGES},
+        # of torch its own word: a wheel's metadata may leave out which build it is
+        "versions": {package: _version(package) for package in PACKAGES} | {"torch": str(torch.__version__)},
         "cuda": torch.version.cuda,
         "gpus": [torch.cuda.get_device_name(i) for i in gpus],
         "gpu_count": len(gpus),
