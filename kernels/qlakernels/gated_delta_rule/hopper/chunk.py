@@ -75,44 +75,41 @@ def load_gates(loaded_g, loaded_beta, g, beta, first, size, head, lane):
 
 
 @T.macro
-def take_gates(raw, loaded_g, loaded_beta, size, lane):
-    """raw [4] ← what `load_gates` has loaded, in float32, gates before step sizes; 0 for tokens that do not exist."""
-    for half in T.unroll(2):
-        there = half * 32 + lane < size
-        raw[half] = T.Select(there, T.cast(loaded_g[half], "float32"), T.float32(0.0))
-        raw[2 + half] = T.Select(there, T.cast(loaded_beta[half], "float32"), T.float32(0.0))
+def make_gates(
+    vec, stage, lane, loaded_g, loaded_beta, x, rate, bias, size, beta_factor, gate, sigmoid, gates, slot, head, write
+):
+    """vec[stage]'s vectors of the gates ← of what `load_gates` has loaded, `size` tokens; by a warp, two tokens a lane,
+    one after the other: the loop is rolled, as code is what the scans wait for.
 
-
-@T.macro
-def make_gates(vec, stage, lane, raw, other, rate, bias, size, beta_factor, gate, sigmoid, gates, slot, head, write):
-    """vec[stage]'s vectors of the gates ← what `take_gates` left in raw, `size` tokens; by a warp, two tokens a lane.
-
-    rate, bias: −exp(A_log) and dt_bias of the head. `write`: gates[slot, head] ← Σg and β as well.
+    rate, bias: −exp(A_log) and dt_bias of the head. x: a local float32 [3]. `write`: gates[slot, head] ← Σg and β too.
     """
-    for half in T.unroll(2):
+    sum_before = T.alloc_var("float32", init=0.0)
+    for half in T.unroll(2, unroll_factor=1):
         token = half * 32 + lane
+        x[0] = T.Select(half == 0, T.cast(loaded_g[0], "float32"), T.cast(loaded_g[1], "float32"))
+        x[1] = T.Select(half == 0, T.cast(loaded_beta[0], "float32"), T.cast(loaded_beta[1], "float32"))
         if gate:
-            y = raw[half] + bias
-            raw[half] = T.Select(token < size, rate * softplus(y), T.float32(0.0))
-        raw[half] = T.max(raw[half], LEAST_DECAY)
+            y = x[0] + bias
+            x[0] = rate * softplus(y)
         if sigmoid:
-            raw[2 + half] = T.Select(token < size, sigmoid_of(raw[2 + half], beta_factor), T.float32(0.0))
+            x[1] = sigmoid_of(x[1], beta_factor)
+        x[0] = T.Select(token < size, T.max(x[0], LEAST_DECAY), T.float32(0.0))
+        x[1] = T.Select(token < size, x[1], T.float32(0.0))
         for step in T.unroll(5):
-            other[0] = T.shfl_up(raw[half], 1 << step)
+            x[2] = T.shfl_up(x[0], 1 << step)
             if lane >= 1 << step:
-                raw[half] += other[0]
-    raw[1] += T.shfl_sync(raw[0], 31)
-    whole = T.alloc_var("float32")
-    whole = T.shfl_sync(raw[1], 31)
+                x[0] += x[2]
+        x[0] += sum_before
+        sum_before = T.shfl_sync(x[0], 31)
+        vec[stage, LOG2, token] = x[0] * LOG2E
+        vec[stage, BETA, token] = x[1]
+        vec[stage, GAMMA, token] = exp2(x[0] * LOG2E)
+        if write:
+            gates[slot, head, 0, token] = x[0]
+            gates[slot, head, 1, token] = x[1]
     for half in T.unroll(2):
         token = half * 32 + lane
-        vec[stage, LOG2, token] = raw[half] * LOG2E
-        vec[stage, BETA, token] = raw[2 + half]
-        vec[stage, GAMMA, token] = exp2(raw[half] * LOG2E)
-        vec[stage, RHO, token] = exp2((whole - raw[half]) * LOG2E)
-        if write:
-            gates[slot, head, 0, token] = raw[half]
-            gates[slot, head, 1, token] = raw[2 + half]
+        vec[stage, RHO, token] = exp2(sum_before * LOG2E - vec[stage, LOG2, token])
 
 
 @T.macro
@@ -191,9 +188,13 @@ def make_key_vectors(t, vec, stage, kk, dtype, l2norm, reverse, norms, slot, gro
         if write:
             norms[slot, group, 1, i] = kappa
         beta = vec[stage, BETA, i]
-        log2_kappa = log2(kappa)
-        vec[stage, LEFT_L, i] = vec[stage, LOG2, i] + log2_kappa
-        vec[stage, RIGHT_L, i] = vec[stage, LOG2, i] - log2_kappa
+        if vec[stage, LOG2, CHUNK - 1] > -FAR:
+            vec[stage, LEFT_L, i] = kappa * vec[stage, GAMMA, i]
+            vec[stage, RIGHT_L, i] = kappa * exp2(-vec[stage, LOG2, i])
+        else:
+            log2_kappa = log2(kappa)
+            vec[stage, LEFT_L, i] = vec[stage, LOG2, i] + log2_kappa
+            vec[stage, RIGHT_L, i] = vec[stage, LOG2, i] - log2_kappa
         if reverse:
             bar = T.max(beta, BETA_MIN[dtype])
             vec[stage, BAR, i] = bar
@@ -213,6 +214,29 @@ def weigh(matrix, vec, stage, left, right):
     """matrix_ij [C, C] ← 2^(left_i − right_j) matrix_ij, rows of vec; above the diagonal it may become infinite."""
     for i, j in T.Parallel(CHUNK, CHUNK):
         matrix[i, j] *= exp2(vec[stage, left, i] - vec[stage, right, j])
+
+
+@T.macro
+def weigh_keys(matrix, vec, stage):
+    """L ← K Kᵀ, but for its cut: `matrix` times the lengths of rows and columns and the decay between them. Where decay
+    over the chunk can be taken apart, LEFT_L and RIGHT_L are factors; else their logarithms, as everywhere below."""
+    if vec[stage, LOG2, CHUNK - 1] > -FAR:
+        for i, j in T.Parallel(CHUNK, CHUNK):
+            matrix[i, j] *= vec[stage, LEFT_L, i] * vec[stage, RIGHT_L, j]
+    else:
+        weigh(matrix, vec, stage, LEFT_L, RIGHT_L)
+
+
+@T.macro
+def weigh_queries(matrix, vec, stage):
+    """P ← Q Kᵀ, but for its cut, where its decay is not W's; as `weigh_keys`."""
+    if vec[stage, LOG2, CHUNK - 1] > -FAR:
+        for i, j in T.Parallel(CHUNK, CHUNK):
+            matrix[i, j] *= vec[stage, OUTPUT, i] * vec[stage, RIGHT_L, j]
+    else:
+        for i, j in T.Parallel(CHUNK, CHUNK):
+            matrix[i, j] *= vec[stage, ROW_P, i]
+        weigh(matrix, vec, stage, LOG2, RIGHT_L)
 
 
 @T.macro
@@ -297,7 +321,7 @@ def make_N(
     warp = t // 32
     lane = t % 32
     top = warp * BLOCK
-    weigh(kk, vec, stage, LEFT_L, RIGHT_L)
+    weigh_keys(kk, vec, stage)
     cut(kk, C * C // 128, True)
     T.sync_threads(barrier, 128)  # the chunk before has been read
     for i, j in T.Parallel(C, C):
@@ -394,8 +418,8 @@ def make_N(
 
 @T.macro
 def serve_gates(
-    vec, lane, raw, loaded_g, loaded_beta, other, g, beta, A_log, dt_bias, start, length, chunks, head, beta_factor,
-    k_empty, gates_full, gate, sigmoid, reverse, gates, slot,
+    vec, lane, g_now, beta_now, loaded_g, loaded_beta, x, g, beta, A_log, dt_bias, start, length, chunks, head,
+    beta_factor, k_empty, gates_full, gate, sigmoid, reverse, gates, slot,
 ):  # fmt: skip
     """The role of a scan's warp that makes the gates of its chunks, from the last to the first if `reverse`."""
     rate = T.alloc_var("float32", init=0.0)
@@ -409,15 +433,17 @@ def serve_gates(
         load_gates(loaded_g, loaded_beta, g, beta, start + first_chunk * CHUNK, size, head, lane)
     for step in T.serial(chunks):
         c = chunks - 1 - step if reverse else step
-        take_gates(raw, loaded_g, loaded_beta, length - c * CHUNK, lane)
+        for half in T.unroll(2):
+            g_now[half] = loaded_g[half]
+            beta_now[half] = loaded_beta[half]
         if step + 1 < chunks:
             then = c - 1 if reverse else c + 1
             size = length - then * CHUNK
             load_gates(loaded_g, loaded_beta, g, beta, start + then * CHUNK, size, head, lane)
         wait(k_empty, step % STAGES, (step // STAGES + 1) % 2)
         make_gates(
-            vec, step % STAGES, lane, raw, other, rate, bias, length - c * CHUNK, beta_factor, gate, sigmoid, gates,
-            slot + c, head, reverse,
+            vec, step % STAGES, lane, g_now, beta_now, x, rate, bias, length - c * CHUNK, beta_factor, gate, sigmoid,
+            gates, slot + c, head, reverse,
         )  # fmt: skip
         arrive(gates_full, step % STAGES)
 

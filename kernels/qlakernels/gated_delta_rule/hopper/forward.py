@@ -144,8 +144,9 @@ def forward_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
             kk = T.alloc_fragment((C, C), "float32")
             a, b, c_ = (T.alloc_local((8,), "float16") for _ in range(3))
             out, column = T.alloc_local((16,), "float32"), T.alloc_local((8,), "float32")
-            raw, other = T.alloc_local((4,), "float32"), T.alloc_local((1,), "float32")
             loaded_g, loaded_beta = T.alloc_local((2,), raw_dtype), T.alloc_local((2,), beta_dtype)
+            g_now, beta_now = T.alloc_local((2,), raw_dtype), T.alloc_local((2,), beta_dtype)
+            gate_x = T.alloc_local((3,), "float32")
             a_, b_ = T.alloc_local((8,), dtype), T.alloc_local((8,), dtype)
 
             k_full, k_empty = T.alloc_barrier([32] * STAGES), T.alloc_barrier([consumers] * STAGES)
@@ -340,8 +341,8 @@ def forward_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
                                             (block * 32 + thread % 32) % (K // 8) * 8 + x,
                                         ] = 0
                     serve_gates(
-                        vec, thread % 32, raw, loaded_g, loaded_beta, other, g, beta, A_log, dt_bias, start, length,
-                        chunks, head, beta_factor, k_empty, gates_full, gate, sigmoid, False, None, 0,
+                        vec, thread % 32, g_now, beta_now, loaded_g, loaded_beta, gate_x, g, beta, A_log,
+                        dt_bias, start, length, chunks, head, beta_factor, k_empty, gates_full, gate, sigmoid, False, None, 0,
                     )  # fmt: skip
                 else:
                     serve_queries(

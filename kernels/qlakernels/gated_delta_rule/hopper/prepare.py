@@ -9,9 +9,6 @@ Shared memory (K = 128): q and k 32, N and P 16, the solve 24, vectors 3: 75 KB;
 import tilelang.language as T
 
 from qlakernels.gated_delta_rule.hopper.chunk import (
-    LOG2,
-    RIGHT_L,
-    ROW_P,
     clear_N,
     cut,
     load_gates,
@@ -19,8 +16,7 @@ from qlakernels.gated_delta_rule.hopper.chunk import (
     make_key_vectors,
     make_N,
     make_query_vectors,
-    take_gates,
-    weigh,
+    weigh_queries,
 )
 from qlakernels.gated_delta_rule.hopper.common import (
     BASE,
@@ -80,7 +76,7 @@ def prepare_kernel(key_dim, dtype, l2norm, gate, sigmoid, raw_dtype, beta_dtype,
             kk = T.alloc_fragment((C, C), "float32")
             a, b, c_ = (T.alloc_local((8,), "float16") for _ in range(3))
             out, column = T.alloc_local((16,), "float32"), T.alloc_local((8,), "float32")
-            raw, other = T.alloc_local((4,), "float32"), T.alloc_local((1,), "float32")
+            gate_x = T.alloc_local((3,), "float32")
             loaded_g, loaded_beta = T.alloc_local((2,), raw_dtype), T.alloc_local((2,), beta_dtype)
             if reverse:
                 q_s = T.alloc_shared((1, C, K), dtype)
@@ -138,10 +134,9 @@ def prepare_kernel(key_dim, dtype, l2norm, gate, sigmoid, raw_dtype, beta_dtype,
                                 rate = -T.exp(A_log[head])
                                 bias = dt_bias[head]
                             load_gates(loaded_g, loaded_beta, g, beta, first, size, head, thread % 32)
-                            take_gates(raw, loaded_g, loaded_beta, size, thread % 32)
                             make_gates(
-                                vec, 0, thread % 32, raw, other, rate, bias, size, beta_factor, gate, sigmoid, None, 0,
-                                head, False,
+                                vec, 0, thread % 32, loaded_g, loaded_beta, gate_x, rate, bias, size, beta_factor, gate,
+                                sigmoid, None, 0, head, False,
                             )  # fmt: skip
                             arrive(gates_full, 0)
                         elif reverse:
@@ -157,9 +152,7 @@ def prepare_kernel(key_dim, dtype, l2norm, gate, sigmoid, raw_dtype, beta_dtype,
                             wait(q_full, 0, parity)
                             T.gemm(q_s[0, :, :], k_s[0, :, :], Pf, transpose_B=True, clear_accum=True)
                             wait(query_full, 0, parity)
-                            for i, j in T.Parallel(C, C):
-                                Pf[i, j] *= vec[0, ROW_P, i]
-                            weigh(Pf, vec, 0, LOG2, RIGHT_L)
+                            weigh_queries(Pf, vec, 0)
                             cut(Pf, C * C // 128, False)
                             T.copy(Pf, P_s)
                             release_tiles()

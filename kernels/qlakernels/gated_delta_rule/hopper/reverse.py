@@ -23,19 +23,16 @@ from qlakernels.gated_delta_rule.hopper.chunk import (
     BETA,
     GAMMA,
     INTO_STATE,
-    LOG2,
     OUTPUT,
     PLACES,
     Q_STAGES,
-    RIGHT_L,
-    ROW_P,
     STAGES,
     STATE_KAPPA,
     cut,
     serve_gates,
     serve_keys,
     serve_queries,
-    weigh,
+    weigh_queries,
 )
 from qlakernels.gated_delta_rule.hopper.common import (
     BASE,
@@ -130,8 +127,9 @@ def reverse_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
             kk = T.alloc_fragment((C, C), "float32")
             a, b, c_ = (T.alloc_local((8,), "float16") for _ in range(3))
             out, column = T.alloc_local((16,), "float32"), T.alloc_local((8,), "float32")
-            raw, other = T.alloc_local((4,), "float32"), T.alloc_local((1,), "float32")
             loaded_g, loaded_beta = T.alloc_local((2,), raw_dtype), T.alloc_local((2,), beta_dtype)
+            g_now, beta_now = T.alloc_local((2,), raw_dtype), T.alloc_local((2,), beta_dtype)
+            gate_x = T.alloc_local((3,), "float32")
             a_, b_ = T.alloc_local((8,), dtype), T.alloc_local((8,), dtype)
 
             k_full, k_empty = T.alloc_barrier([32] * STAGES), T.alloc_barrier([consumers] * STAGES)
@@ -200,9 +198,7 @@ def reverse_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
                     wait(key_full, stage, step // STAGES % 2)
                     T.wait_wgmma(1)
                     T.warpgroup_fence_operand(Pf, num_regs=C * C // consumers)
-                    for i, j in T.Parallel(C, C):
-                        Pf[i, j] *= vec[stage, ROW_P, i]
-                    weigh(Pf, vec, stage, LOG2, RIGHT_L)
+                    weigh_queries(Pf, vec, stage)
                     cut(Pf, C * C // consumers, False)
                     T.copy(Pf, P_s[step % PLACES, :, :])
                     T.tma_store_wait(0)  # dV of the chunk before has left dv_s
@@ -290,8 +286,8 @@ def reverse_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
                         arrive(do_full, 0)
                 elif thread < base + 64:
                     serve_gates(
-                        vec, thread % 32, raw, loaded_g, loaded_beta, other, g, beta, A_log, dt_bias, start, length,
-                        chunks, head, beta_factor, k_empty, gates_full, gate, sigmoid, True, gates, slot,
+                        vec, thread % 32, g_now, beta_now, loaded_g, loaded_beta, gate_x, g, beta, A_log,
+                        dt_bias, start, length, chunks, head, beta_factor, k_empty, gates_full, gate, sigmoid, True, gates, slot,
                     )  # fmt: skip
                 else:
                     serve_queries(
