@@ -205,12 +205,8 @@ def forward_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
                     T.wgmma_gemm(S_r, k_s[stage, :, :], X, transpose_B=True, clear_accum=True, policy=rows_first)
                     wait(q_full, c % Q_STAGES, c // Q_STAGES % 2)
                     T.wgmma_gemm(S_r, q_s[c % Q_STAGES, :, :], O, transpose_B=True, clear_accum=True, policy=rows_first)
-                    wait(key_full, stage, c // STAGES % 2)
-                    T.wait_wgmma(1)
-                    T.warpgroup_fence_operand(X, num_regs=32)
-                    for i, j in T.Parallel(part, C):
-                        X[i, j] *= -vec[stage, STATE_KAPPA, j]
                     T.wait_wgmma(0)
+                    T.warpgroup_fence_operand(X, num_regs=32)
                     T.warpgroup_fence_operand(O, num_regs=32)
                     wait(query_full, stage, c // STAGES % 2)
                     T.wgmma_gemm(
@@ -223,8 +219,9 @@ def forward_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
                     )
                     wait(v_full, 0, c % 2)
                     T.copy(v_s, v_f)
+                    wait(key_full, stage, c // STAGES % 2)
                     for i, j in T.Parallel(part, C):
-                        X[i, j] += T.cast(v_f[j, i], "float32")
+                        X[i, j] = T.cast(v_f[j, i], "float32") - vec[stage, STATE_KAPPA, j] * X[i, j]
                     release_tiles()  # v has been read when its place is given back: see common
                     arrive(v_empty, 0)
                     wait(made_full, c % PLACES, c // PLACES % 2)
