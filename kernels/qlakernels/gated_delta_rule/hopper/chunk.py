@@ -4,16 +4,17 @@ For a chunk of C tokens and one value head, with G = cumsum(g), Γ_ij = exp(G_i 
 lengths of q and k (1 without L2 normalisation):
 
     L_ij = κ_i κ_j Γ_ij k_i·k_j   (i > j)          P_ij = scale χ_i κ_j Γ_ij q_i·k_j   (i ≥ j)
-    N = −L (I + diag(β) L)⁻¹                        so that (I + L diag(β))⁻¹ = I + N diag(β)
+    N = (I + M)⁻¹ − I                               with M = L diag(β) in the forward direction, diag(β) L in reverse
 
-N is strictly lower triangular and regular at β = 0. It is solved in blocks of 16, warp I with the rows of block I:
+N is strictly lower triangular and regular at β = 0; what it is added to keeps its float32. I + N is solved in blocks of
+16 from −M, warp I with the rows of block I:
 
-    N_II     its blocks of 8 row by row in float32, a thread a column; what is between them as below
-    N_IJ     for the pairs (1, 0) and (3, 2): N_IJ = −(I + N_II β_I) L_IJ (I + β_J N_JJ)
-    N_IJ     for I in {2, 3}, J in {0, 1}: the same with the blocks of 32 that are known by now
+    A_II     of I + N: its blocks of 8 row by row in float32, a thread a column; what is between them as below
+    A_IJ     for the pairs (1, 0) and (3, 2): A_IJ = A_II (−M_IJ) A_JJ
+    A_IJ     for I in {2, 3}, J in {0, 1}: the same with the blocks of 32 that are known by now
 
-in tensor-core products of 16×16 blocks, as N₂₁ = −(I + N₂₂ β₂) L₂₁ (I + β₁ N₁₁). Their operands are rounded to
-float16: entries of N stay within 1 for unit keys and β ≤ 2, and bfloat16 would double the error where keys repeat.
+in tensor-core products of 16×16 blocks. Their operands are rounded to float16: entries of A stay within 2 for unit keys
+and β ≤ 2, and bfloat16 would double the error where keys repeat.
 
 One warp runs `make_gates`, two `make_query_vectors`, a warpgroup `make_key_vectors` and `make_N`, all ahead of the
 state; the consumers of the scans make P beside their products.
@@ -27,6 +28,7 @@ from qlakernels.gated_delta_rule.hopper.common import (
     LOG2E,
     arrive,
     exp2,
+    folds_decay,
     log2,
     release_tiles,
     wait,
@@ -41,9 +43,8 @@ PLACES = 2  # of N and P
 # rows of a chunk's vectors in shared memory, [VECTORS, CHUNK] in float32
 LOG2, BETA, GAMMA, RHO = range(4)  # of the gates
 ROW_P, OUTPUT = 4, 5  # of the queries
-LEFT_L, RIGHT_L, RIGHT_P, BAR, STATE_KAPPA, INTO_STATE = range(
-    6, VECTORS
-)  # of the keys; STATE_KAPPA: γκ, or ρκ in reverse
+LEFT_L, RIGHT_L, RIGHT_P, BAR, STATE_KAPPA, INTO_STATE = range(6, VECTORS)  # of the keys
+FROM_P = RIGHT_P  # in reverse
 LEAST_DECAY = -104.0  # its exponential is 0 in float32; sums over a chunk keep the digits of the others
 FAR = 80.0  # powers of two: decay over a chunk up to which it can be taken out of Γ
 ABBREVIATION = {"bfloat16": "bf16", "float16": "fp16"}
@@ -170,43 +171,39 @@ def make_query_vectors(
 
 
 @T.macro
-def make_key_vectors(t, vec, stage, kk, dtype, l2norm, reverse, norms, slot, group, write):
-    """vec[stage]'s vectors of the keys, from the diagonal of kk = K Kᵀ; by a warpgroup, whose warp w has block w.
+def make_key_vectors(i, vec, stage, dtype, l2norm, reverse, norms, slot, group, write):
+    """vec[stage]'s vectors of the keys, by a thread a token i; vec[stage, STATE_KAPPA] holds the squares of their lengths.
 
     `reverse`: as the reverse scan needs them. `write`: norms[slot, group, 1] ← κ as well.
     """
+    kappa = T.alloc_var("float32", init=1.0)
     if l2norm:
-        for i, j in T.Parallel(CHUNK, CHUNK):
-            if i == j:
-                vec[stage, STATE_KAPPA, i] = kk[i, j]
-        T.sync_warp()
-    if t % 32 < BLOCK:
-        i = t // 32 * BLOCK + t % 32
-        kappa = T.alloc_var("float32", init=1.0)
-        if l2norm:
-            kappa = T.rsqrt(vec[stage, STATE_KAPPA, i] + L2_EPS)
-        if write:
-            norms[slot, group, 1, i] = kappa
-        beta = vec[stage, BETA, i]
-        if vec[stage, LOG2, CHUNK - 1] > -FAR:
-            vec[stage, LEFT_L, i] = kappa * vec[stage, GAMMA, i]
-            vec[stage, RIGHT_L, i] = kappa * exp2(-vec[stage, LOG2, i])
+        kappa = T.rsqrt(vec[stage, STATE_KAPPA, i] + L2_EPS)
+    if write:
+        norms[slot, group, 1, i] = kappa
+    beta = vec[stage, BETA, i]
+    log2_kappa = log2(kappa)
+    if reverse:
+        vec[stage, LEFT_L, i] = vec[stage, LOG2, i] + log2(kappa * beta)
+        vec[stage, RIGHT_L, i] = vec[stage, LOG2, i] - log2_kappa
+        bar = T.max(beta, BETA_MIN[dtype])
+        vec[stage, BAR, i] = bar
+        vec[stage, INTO_STATE, i] = -vec[stage, GAMMA, i] * kappa * (beta / bar)
+        if folds_decay(dtype) and vec[stage, LOG2, CHUNK - 1] > -FAR:
+            vec[stage, STATE_KAPPA, i] = vec[stage, GAMMA, CHUNK - 1]
+            vec[stage, FROM_P, i] = kappa * exp2(-vec[stage, LOG2, i])
         else:
-            log2_kappa = log2(kappa)
-            vec[stage, LEFT_L, i] = vec[stage, LOG2, i] + log2_kappa
-            vec[stage, RIGHT_L, i] = vec[stage, LOG2, i] - log2_kappa
-        if reverse:
-            bar = T.max(beta, BETA_MIN[dtype])
-            vec[stage, BAR, i] = bar
             vec[stage, STATE_KAPPA, i] = vec[stage, RHO, i] * kappa
-            vec[stage, INTO_STATE, i] = -vec[stage, GAMMA, i] * kappa * (beta / bar)
-        else:
-            omega = T.alloc_var("float32")
-            omega = weight_of_W(beta, vec[stage, RHO, i], kappa, dtype)
-            vec[stage, BAR, i] = omega
-            vec[stage, STATE_KAPPA, i] = vec[stage, GAMMA, i] * kappa
-            vec[stage, INTO_STATE, i] = vec[stage, RHO, i] * (kappa * beta / omega)
-            vec[stage, RIGHT_P, i] = vec[stage, LOG2, i] - log2(kappa * beta / omega)
+            vec[stage, FROM_P, i] = 1.0
+    else:
+        vec[stage, LEFT_L, i] = vec[stage, LOG2, i] + log2_kappa
+        vec[stage, RIGHT_L, i] = vec[stage, LOG2, i] - log2(kappa * beta)
+        omega = T.alloc_var("float32")
+        omega = weight_of_W(beta, vec[stage, RHO, i], kappa, dtype)
+        vec[stage, BAR, i] = omega
+        vec[stage, STATE_KAPPA, i] = vec[stage, GAMMA, i] * kappa
+        vec[stage, INTO_STATE, i] = vec[stage, RHO, i] * (kappa * beta / omega)
+        vec[stage, RIGHT_P, i] = vec[stage, LOG2, i] - log2(kappa * beta / omega)
 
 
 @T.macro
@@ -217,23 +214,10 @@ def weigh(matrix, vec, stage, left, right):
 
 
 @T.macro
-def weigh_keys(matrix, vec, stage):
-    """L ← K Kᵀ, but for its cut: `matrix` times the lengths of rows and columns and the decay between them. Where decay
-    over the chunk can be taken apart, LEFT_L and RIGHT_L are factors; else their logarithms, as everywhere below."""
-    if vec[stage, LOG2, CHUNK - 1] > -FAR:
-        for i, j in T.Parallel(CHUNK, CHUNK):
-            matrix[i, j] *= vec[stage, LEFT_L, i] * vec[stage, RIGHT_L, j]
-    else:
-        weigh(matrix, vec, stage, LEFT_L, RIGHT_L)
-
-
-@T.macro
-def weigh_queries(matrix, vec, stage):
-    """P ← Q Kᵀ, but for its cut, where its decay is not W's; as `weigh_keys`."""
-    if vec[stage, LOG2, CHUNK - 1] > -FAR:
-        for i, j in T.Parallel(CHUNK, CHUNK):
-            matrix[i, j] *= vec[stage, OUTPUT, i] * vec[stage, RIGHT_L, j]
-    else:
+def weigh_P(matrix, vec, stage, folded):
+    """P of the reverse scan but for its cut ← `matrix` = Q Kᵀ. `folded`: its weights are in what it is multiplied by and
+    in what the product is multiplied by, but for decay that cannot be taken apart."""
+    if not folded or vec[stage, LOG2, CHUNK - 1] <= -FAR:
         for i, j in T.Parallel(CHUNK, CHUNK):
             matrix[i, j] *= vec[stage, ROW_P, i]
         weigh(matrix, vec, stage, LOG2, RIGHT_L)
@@ -281,138 +265,194 @@ def multiply_half(out, left, right):
 
 
 @T.macro
-def clear_N(N_s, places, inner_s):
-    """Before the first chunk, by the warpgroup that makes N: what is above the diagonal stays zero."""
+def clear_solve(t, barrier, N_s, places, A_s, block_s, diagonal):
+    """Before the first chunk, by the warpgroup that makes N, for `make_N`: what is on and above the diagonal stays as it
+    is. Behind the blocks that are solved by rows stands the identity, from which their columns start."""
     for place in T.unroll(places):
         for i, j in T.Parallel(CHUNK, CHUNK):
             N_s[place, i, j] = 0.0
     for i, j in T.Parallel(CHUNK, CHUNK + 8):
-        inner_s[i, j] = 0.0
+        A_s[i, j] = 0.0
+    for i, j in T.Parallel(8, 12):
+        block_s[CHUNK // 8, i, j] = 0.0
+    T.sync_threads(barrier, 128)
+    if t < CHUNK:
+        A_s[t, t] = 1.0
+        block_s[CHUNK // 8, t % 8, t % 8] = 1.0
+    for e in T.unroll(2):
+        diagonal[e] = T.Select(t % 32 // 4 == t % 4 * 2 + e, T.float32(1.0), T.float32(0.0))
 
 
 @T.macro
-def as_left(block, out, tile, vec, stage, column, lane):
-    """block ← −out diag(β), out's tiles of 16×8 from `tile` on, which stand at `column`."""
+def as_left(block, out, tile):
+    """block ← a left operand of `multiply` from out's tiles of 16×8 from `tile` on."""
     for x in T.unroll(8):
-        block[x] = -out[tile * 4 + x] * vec[stage, BETA, column + lane % 4 * 2 + x % 2 + x // 4 * 8]
+        block[x] = out[tile * 4 + x]
 
 
 @T.macro
-def store_block(N_s, place, out, tile, vec, stage, row, column, lane, fold_beta):
-    """N_s[place] ← two tiles of `out`, with its columns times β if `fold_beta`."""
+def clear(out, count):
+    for x in T.unroll(count):
+        out[x] = 0.0
+
+
+@T.macro
+def store_block(target, place, out, tile, row, column, lane):
+    """target[place] ← two tiles of `out`; place None: of a target [C, C + 8]."""
     for half in T.unroll(4):
         for x in T.vectorized(2):
-            N_s[place, row + lane // 4 + half % 2 * 8, column + half // 2 * 8 + lane % 4 * 2 + x] = out[
-                tile * 4 + half * 2 + x
-            ] * (vec[stage, BETA, column + half // 2 * 8 + lane % 4 * 2 + x] if fold_beta else 1.0)
+            i = row + lane // 4 + half % 2 * 8
+            j = column + half // 2 * 8 + lane % 4 * 2 + x
+            if place is None:
+                target[i, j] = out[tile * 4 + half * 2 + x]
+            else:
+                target[place, i, j] = out[tile * 4 + half * 2 + x]
 
 
 @T.macro
-def make_N(
-    t, barrier, vec, stage, N_s, place, L_s, inner_s, block_s, kk, a, b, c, out, column, free, free_parity,
-    fold_beta,
-):  # fmt: skip
-    """N_s[place] ← the chunk's N, from kk = K Kᵀ. Run by a warpgroup, whose threads are t = 0 to 127.
+def multiply_keys(out, k_s, stage, row, column, lane, a, b, key_dim, dtype):
+    """out[0 : 8] ← the 16×16 block of K Kᵀ at (row, column), by a warp. Of out [16] the rest is a second sum, as a chain
+    of products takes its time."""
+    clear(out, 16)
+    for step in T.unroll(key_dim // BLOCK):
+        T.ptx_ldmatrix(
+            T.bool(False),
+            4,
+            T.access_ptr(k_s[stage, row + lane % 16, step * BLOCK + lane // 16 * 8], "r", extent=8),
+            T.access_ptr(a[0], "w", extent=8),
+        )
+        T.ptx_ldmatrix(
+            T.bool(False),
+            4,
+            T.access_ptr(k_s[stage, column + lane // 16 * 8 + lane % 8, step * BLOCK + lane // 8 % 2 * 8], "r", extent=8),
+            T.access_ptr(b[0], "w", extent=8),
+        )
+        for half in T.unroll(2):
+            T.ptx_mma(
+                "float32", "m16n8k16", "row", "col", ABBREVIATION[dtype], ABBREVIATION[dtype], "fp32",
+                a.data, 0, b.data, half * 4, out.data, step % 2 * 8 + half * 4, T.bool(False),
+            )  # fmt: skip
+    for x in T.unroll(8):
+        out[x] += out[8 + x]
 
-    `free`, `free_parity`: the barriers behind which a place may be written. `fold_beta`: write N diag(β) instead.
-    `barrier`: a named barrier of the warpgroup's own.
+
+@T.macro
+def make_M(
+    t, barrier, vec, stage, k_s, M_s, block_s, a_, b_, out, gates_full, parity, key_full, key_dim, dtype, l2norm, reverse,
+    norms, slot, group, write,
+):  # fmt: skip
+    """M_s ← −M of a chunk but for what is above its blocks on the diagonal; block_s ← the diagonal's blocks of 8, their
+    columns as rows. What stands on the diagonal and above it is without meaning, perhaps infinite. And the vectors of
+    the keys, before, from the diagonal of K Kᵀ. Run by a warpgroup, whose threads are t = 0 to 127; arrives at `key_full`.
+
+    In a loop that is not unrolled: a block of the diagonal each, then four of the others, (3, 0) by the warp that has none
+    in its rows, then two.
     """
-    C = CHUNK
+    warp = t // 32
+    lane = t % 32
+    for turn in T.unroll(3, unroll_factor=1):
+        if turn < 2 or warp >= 2:
+            top = T.if_then_else(warp == 0 and turn == 1, 3, warp) * BLOCK
+            left = T.if_then_else(turn == 0, warp, T.max(warp + turn - 3, 0)) * BLOCK
+            multiply_keys(out, k_s, stage, top, left, lane, a_, b_, key_dim, dtype)
+            if turn == 0:
+                wait(gates_full, stage, parity)
+                if l2norm:
+                    for e in T.unroll(2):
+                        if lane // 4 == lane % 4 * 2 + e:
+                            vec[stage, STATE_KAPPA, top + lane // 4] = out[e]
+                            vec[stage, STATE_KAPPA, top + 8 + lane // 4] = out[6 + e]
+                    T.sync_warp()
+                if lane < BLOCK:
+                    make_key_vectors(top + lane, vec, stage, dtype, l2norm, reverse, norms, slot, group, write)
+                T.sync_threads(barrier, 128)  # and the chunk before has been read
+                arrive(key_full, stage)
+            for x in T.unroll(8):
+                i = top + lane // 4 + x // 2 % 2 * 8
+                j = left + x // 4 * 8 + lane % 4 * 2 + x % 2
+                out[x] *= -exp2(vec[stage, LEFT_L, i] - vec[stage, RIGHT_L, j])
+            if turn == 0:
+                for e in T.unroll(2):
+                    block_s[warp * 2, lane % 4 * 2 + e, lane // 4] = out[e]
+                    block_s[warp * 2 + 1, lane % 4 * 2 + e, lane // 4] = out[6 + e]
+            store_block(M_s, None, out, 0, top, left, lane)
+
+
+@T.macro
+def make_N(t, barrier, N_s, place, M_s, A_s, block_s, a, b, c, out, column, diagonal, free, free_parity):
+    """N_s[place] ← the chunk's N, from what `make_M` has left. Run by a warpgroup, whose threads are t = 0 to 127.
+
+    `free`, `free_parity`: the barriers behind which a place may be written. `barrier`: a named barrier of the
+    warpgroup's own. `diagonal` [2]: the identity at rows lane // 4 and columns lane % 4 · 2 and the next.
+    """
     warp = t // 32
     lane = t % 32
     top = warp * BLOCK
-    weigh_keys(kk, vec, stage)
-    cut(kk, C * C // 128, True)
-    T.sync_threads(barrier, 128)  # the chunk before has been read
-    for i, j in T.Parallel(C, C):
-        if i // 8 == j // 8:
-            block_s[i // 8, j % 8, i % 8] = kk[i, j]
-    for i, j in T.Parallel(C, C):
-        L_s[i, j] = kk[i, j]
     T.sync_warp()
-    # blocks of 8: a thread has a column of one, and what is known of it is taken from the rows below
+    # blocks of 8: a thread has a column of one, and what is known of it is taken to the rows below
     half = lane // 8 % 2
     eight = top + half * 8
     for i in T.unroll(8):
-        column[i] = block_s[warp * 2 + half, lane % 8, i]
+        column[i] = block_s[CHUNK // 8, lane % 8, i]
     for m in T.unroll(7):
-        scaled = column[m] * vec[stage, BETA, eight + m]
         for i in T.unroll(m + 1, 8):
-            column[i] -= block_s[warp * 2 + half, m, i] * scaled
+            column[i] += block_s[warp * 2 + half, m, i] * column[m]
     if lane < 16:
         for i in T.unroll(8):
-            inner_s[eight + i, eight + lane % 8] = -column[i]
+            A_s[eight + i, eight + lane % 8] = column[i]
     T.sync_warp()
     # the block of 16: of its products only rows 8 to 15, columns 0 to 7 are wanted
-    load_block(a, inner_s, top, top, lane, False)
-    for x in T.unroll(8):
-        a[x] = (
-            0.0 if x // 2 == 1 else T.cast(a[x], "float32") * vec[stage, BETA, top + lane % 4 * 2 + x % 2 + x // 4 * 8]
-        )
-    load_block(b, L_s, top, top, lane, True)
-    for x in T.unroll(4):
-        out[x] = L_s[top + 8 + lane // 4, top + lane % 4 * 2 + x % 2]
+    load_block(a, A_s, top, top, lane, False)
+    load_block(b, M_s, top, top, lane, True)
+    for x in T.unroll(2):
+        a[2 + x] = 0.0
+        b[x] = 0.0
+    clear(out, 4)
     multiply_half(out, a, b)
     for x in T.unroll(8):
-        a[x] = -out[x] * vec[stage, BETA, top + lane % 4 * 2 + x % 2] if x // 2 == 1 else 0.0
-    for x in T.unroll(4):
-        out[x] = -out[x]
-    load_block(b, inner_s, top, top, lane, True)
+        a[x] = out[x] if x // 2 == 1 else 0.0
+    load_block(b, A_s, top, top, lane, True)
+    clear(out, 4)
     multiply_half(out, a, b)
     for x in T.vectorized(2):
-        inner_s[top + 8 + lane // 4, top + lane % 4 * 2 + x] = out[2 + x]
+        A_s[top + 8 + lane // 4, top + lane % 4 * 2 + x] = out[2 + x]
     T.sync_warp()
-    load_block(a, inner_s, top, top, lane, False)
+    load_block(a, A_s, top, top, lane, False)
     for x in T.unroll(8):
-        out[x] = T.cast(a[x], "float32")
+        out[x] = T.cast(a[x], "float32") - (diagonal[x % 2] if x // 2 % 3 == 0 else 0.0)
     wait(free, place, free_parity)
-    store_block(N_s, place, out, 0, vec, stage, top, top, lane, fold_beta)
+    store_block(N_s, place, out, 0, top, top, lane)
     T.sync_threads(barrier, 128)
     if warp % 2 == 1:
-        for x in T.unroll(8):
-            a[x] = T.cast(a[x], "float32") * vec[stage, BETA, top + lane % 4 * 2 + x % 2 + x // 4 * 8]
-        load_block(b, L_s, top, top - BLOCK, lane, True)
-        for x in T.unroll(8):
-            out[x] = L_s[top + lane // 4 + x // 2 % 2 * 8, top - BLOCK + x // 4 * 8 + lane % 4 * 2 + x % 2]
+        load_block(b, M_s, top, top - BLOCK, lane, True)
+        clear(out, 8)
         multiply(out, 0, a, b)
-        as_left(a, out, 0, vec, stage, top - BLOCK, lane)
-        for x in T.unroll(8):
-            out[x] = -out[x]
-        load_block(b, inner_s, top - BLOCK, top - BLOCK, lane, True)
+        as_left(a, out, 0)
+        load_block(b, A_s, top - BLOCK, top - BLOCK, lane, True)
+        clear(out, 8)
         multiply(out, 0, a, b)
-        for half in T.unroll(4):
-            for x in T.vectorized(2):
-                inner_s[top + lane // 4 + half % 2 * 8, top - BLOCK + half // 2 * 8 + lane % 4 * 2 + x] = out[
-                    half * 2 + x
-                ]
-        store_block(N_s, place, out, 0, vec, stage, top, top - BLOCK, lane, fold_beta)
+        store_block(A_s, None, out, 0, top, top - BLOCK, lane)
+        store_block(N_s, place, out, 0, top, top - BLOCK, lane)
     T.sync_threads(barrier, 128)
     if warp >= 2:
-        for x in T.unroll(16):
-            out[x] = L_s[top + lane // 4 + x // 2 % 2 * 8, x // 4 * 8 + lane % 4 * 2 + x % 2]
-        for step in T.unroll(2):
+        clear(out, 16)
+        for step in T.unroll(2, unroll_factor=1):
             if 2 + step <= warp:
-                load_block(a, inner_s, top, (2 + step) * BLOCK, lane, False)
-                for x in T.unroll(8):
-                    a[x] = (
-                        T.cast(a[x], "float32")
-                        * vec[stage, BETA, (2 + step) * BLOCK + lane % 4 * 2 + x % 2 + x // 4 * 8]
-                    )
+                load_block(a, A_s, top, (2 + step) * BLOCK, lane, False)
                 for J in T.unroll(2):
-                    load_block(b, L_s, (2 + step) * BLOCK, J * BLOCK, lane, True)
+                    load_block(b, M_s, (2 + step) * BLOCK, J * BLOCK, lane, True)
                     multiply(out, J * 2, a, b)
-        as_left(a, out, 0, vec, stage, 0, lane)
-        as_left(b, out, 2, vec, stage, BLOCK, lane)
-        for x in T.unroll(16):
-            out[x] = -out[x]
-        load_block(c, inner_s, 0, 0, lane, True)
+        as_left(a, out, 0)
+        as_left(b, out, 2)
+        clear(out, 16)
+        load_block(c, A_s, 0, 0, lane, True)
         multiply(out, 0, a, c)
-        load_block(c, inner_s, BLOCK, 0, lane, True)
+        load_block(c, A_s, BLOCK, 0, lane, True)
         multiply(out, 0, b, c)
-        load_block(c, inner_s, BLOCK, BLOCK, lane, True)
+        load_block(c, A_s, BLOCK, BLOCK, lane, True)
         multiply(out, 2, b, c)
         for J in T.unroll(2):
-            store_block(N_s, place, out, J * 2, vec, stage, top, J * BLOCK, lane, fold_beta)
+            store_block(N_s, place, out, J * 2, top, J * BLOCK, lane)
     release_tiles()
 
 
@@ -457,39 +497,29 @@ def serve_queries(
     for step in T.serial(chunks):
         wait(k_empty, step % STAGES, (step // STAGES + 1) % 2)
         wait(q_full, step % Q_STAGES, step // Q_STAGES % 2)
-        if reverse and write:
-            make_query_vectors(
-                vec, step % STAGES, i, q_s, step % Q_STAGES, gates_full, step // STAGES % 2, scale, a, b, sums, key_dim,
-                dtype, l2norm, fold, norms, slot + chunks - 1 - step, group, True,
-            )  # fmt: skip
-        else:
-            make_query_vectors(
-                vec, step % STAGES, i, q_s, step % Q_STAGES, gates_full, step // STAGES % 2, scale, a, b, sums, key_dim,
-                dtype, l2norm, fold, norms, slot, group, False,
-            )  # fmt: skip
+        make_query_vectors(
+            vec, step % STAGES, i, q_s, step % Q_STAGES, gates_full, step // STAGES % 2, scale, a, b, sums, key_dim,
+            dtype, l2norm, fold, norms, slot + chunks - 1 - step, group, write,
+        )  # fmt: skip
         arrive(query_full, step % STAGES)
 
 
 @T.macro
 def serve_keys(
-    t, barrier, k_s, vec, N_s, L_s, inner_s, block_s, kk, a, b, c, out, column, k_full, gates_full, key_full, made_full,
-    made_empty, chunks, dtype, l2norm, reverse, norms, slot, group, write,
+    t, barrier, k_s, vec, N_s, M_s, A_s, block_s, a_, b_, a, b, c, out, column, diagonal, k_full, gates_full, key_full,
+    made_full, made_empty, chunks, key_dim, dtype, l2norm, reverse, norms, slot, group, write,
 ):  # fmt: skip
     """The role of a scan's warpgroup that makes the vectors of the keys and N. `write`, if `reverse`: norms as well."""
-    clear_N(N_s, PLACES, inner_s)
+    clear_solve(t, barrier, N_s, PLACES, A_s, block_s, diagonal)
     for step in T.serial(chunks):
         stage = step % STAGES
         wait(k_full, stage, step // STAGES % 2)
-        T.gemm(k_s[stage, :, :], k_s[stage, :, :], kk, transpose_B=True, clear_accum=True)
-        wait(gates_full, stage, step // STAGES % 2)
-        if reverse and write:
-            make_key_vectors(t, vec, stage, kk, dtype, l2norm, reverse, norms, slot + chunks - 1 - step, group, True)
-        else:
-            make_key_vectors(t, vec, stage, kk, dtype, l2norm, reverse, norms, slot, group, False)
-        T.sync_threads(barrier, 128)
-        arrive(key_full, stage)
+        make_M(
+            t, barrier, vec, stage, k_s, M_s, block_s, a_, b_, out, gates_full, step // STAGES % 2, key_full, key_dim,
+            dtype, l2norm, reverse, norms, slot + chunks - 1 - step, group, write,
+        )  # fmt: skip
         make_N(
-            t, barrier, vec, stage, N_s, step % PLACES, L_s, inner_s, block_s, kk, a, b, c, out, column, made_empty,
-            (step // PLACES + 1) % 2, not reverse,
+            t, barrier, N_s, step % PLACES, M_s, A_s, block_s, a, b, c, out, column, diagonal, made_empty,
+            (step // PLACES + 1) % 2,
         )  # fmt: skip
         arrive(made_full, step % PLACES)

@@ -50,7 +50,7 @@ __device__ __forceinline__ float fast_exp2(float x) {
 }
 __device__ __forceinline__ float fast_log2(float x) {
   float y;
-  asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 """
@@ -62,7 +62,7 @@ def exp2(x):
 
 
 def log2(x):
-    """The logarithm in one instruction, to 2⁻²²; −∞ of 0. Needs PRELUDE."""
+    """The logarithm in one instruction, to 2⁻²²; −∞ of 0 and of what is below 2⁻¹²⁶. Needs PRELUDE."""
     return T.call_extern("float32", "fast_log2", x)
 
 

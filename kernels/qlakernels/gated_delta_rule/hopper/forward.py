@@ -127,9 +127,9 @@ def forward_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
             W_s = T.alloc_shared((C, part), dtype)
             S_s = T.alloc_shared((part, K), dtype)
             vec = T.alloc_shared((STAGES, VECTORS, C), "float32")
-            L_s = T.alloc_shared((C, C + 8), "float16")
-            inner_s = T.alloc_shared((C, C + 8), "float16")
-            block_s = T.alloc_shared((C // 8, 8, 12), "float32")
+            M_s = T.alloc_shared((C, C + 8), "float16")
+            A_s = T.alloc_shared((C, C + 8), "float16")
+            block_s = T.alloc_shared((C // 8 + 1, 8, 12), "float32")
 
             S = T.alloc_fragment((part, K), "float32")
             S_r = T.alloc_fragment((part, K), dtype)
@@ -141,9 +141,9 @@ def forward_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
             W_f = T.alloc_fragment((C, part), dtype)
             o_f = T.alloc_fragment((C, part), dtype)
             Pf = T.alloc_fragment((C, C), "float32")
-            kk = T.alloc_fragment((C, C), "float32")
             a, b, c_ = (T.alloc_local((8,), "float16") for _ in range(3))
             out, column = T.alloc_local((16,), "float32"), T.alloc_local((8,), "float32")
+            diagonal = T.alloc_local((2,), "float32")
             loaded_g, loaded_beta = T.alloc_local((2,), raw_dtype), T.alloc_local((2,), beta_dtype)
             g_now, beta_now = T.alloc_local((2,), raw_dtype), T.alloc_local((2,), beta_dtype)
             gate_x = T.alloc_local((3,), "float32")
@@ -298,9 +298,9 @@ def forward_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
             elif thread < base:
                 T.set_max_nreg(auxiliary_registers, 0)
                 serve_keys(
-                    thread - consumers, 7, k_s, vec, N_s, L_s, inner_s, block_s, kk, a, b, c_, out, column, k_full,
-                    gates_full, key_full, made_full, made_empty, chunks, dtype, l2norm, False, None, 0, group,
-                    False,
+                    thread - consumers, 7, k_s, vec, N_s, M_s, A_s, block_s, a_, b_, a, b, c_, out, column, diagonal,
+                    k_full, gates_full, key_full, made_full, made_empty, chunks, K, dtype, l2norm, False, None, 0,
+                    group, False,
                 )  # fmt: skip
             else:
                 T.set_max_nreg(producer_registers, 0)

@@ -9,14 +9,14 @@ Shared memory (K = 128): q and k 32, N and P 16, the solve 24, vectors 3: 75 KB;
 import tilelang.language as T
 
 from qlakernels.gated_delta_rule.hopper.chunk import (
-    clear_N,
+    clear_solve,
     cut,
     load_gates,
     make_gates,
-    make_key_vectors,
+    make_M,
     make_N,
     make_query_vectors,
-    weigh_queries,
+    weigh_P,
 )
 from qlakernels.gated_delta_rule.hopper.common import (
     BASE,
@@ -25,7 +25,9 @@ from qlakernels.gated_delta_rule.hopper.common import (
     PRELUDE,
     arrive,
     bring,
+    folds_decay,
     release_tiles,
+    state_layout,
     take_segment,
     wait,
 )
@@ -70,22 +72,23 @@ def prepare_kernel(key_dim, dtype, l2norm, gate, sigmoid, raw_dtype, beta_dtype,
             k_s = T.alloc_shared((1, C, K), dtype)
             N_s = T.alloc_shared((1, C, C), dtype)
             vec = T.alloc_shared((1, VECTORS, C), "float32")
-            L_s = T.alloc_shared((C, C + 8), "float16")
-            inner_s = T.alloc_shared((C, C + 8), "float16")
-            block_s = T.alloc_shared((C // 8, 8, 12), "float32")
-            kk = T.alloc_fragment((C, C), "float32")
+            M_s = T.alloc_shared((C, C + 8), "float16")
+            A_s = T.alloc_shared((C, C + 8), "float16")
+            block_s = T.alloc_shared((C // 8 + 1, 8, 12), "float32")
             a, b, c_ = (T.alloc_local((8,), "float16") for _ in range(3))
             out, column = T.alloc_local((16,), "float32"), T.alloc_local((8,), "float32")
+            diagonal = T.alloc_local((2,), "float32")
+            a_, b_ = T.alloc_local((8,), dtype), T.alloc_local((8,), dtype)
             gate_x = T.alloc_local((3,), "float32")
             loaded_g, loaded_beta = T.alloc_local((2,), raw_dtype), T.alloc_local((2,), beta_dtype)
             if reverse:
                 q_s = T.alloc_shared((1, C, K), dtype)
                 P_s = T.alloc_shared((C, C), dtype)
                 Pf = T.alloc_fragment((C, C), "float32")
-                a_, b_ = T.alloc_local((8,), dtype), T.alloc_local((8,), dtype)
             k_full, q_full = T.alloc_barrier([32]), T.alloc_barrier([32])
             gates_full, query_full, key_full = T.alloc_barrier([32]), T.alloc_barrier([64]), T.alloc_barrier([128])
             free = T.alloc_barrier([1])
+            T.annotate_layout({k_s: state_layout(k_s)})
             thread = T.get_thread_binding()
             reached = T.alloc_var("int32")
             reached = reaches[turn, head]
@@ -108,17 +111,13 @@ def prepare_kernel(key_dim, dtype, l2norm, gate, sigmoid, raw_dtype, beta_dtype,
                     slot = place[BASE] + c
                     if thread < 128:
                         if step == 0:
-                            clear_N(N_s, 1, inner_s)
+                            clear_solve(thread, 7, N_s, 1, A_s, block_s, diagonal)
                         wait(k_full, 0, parity)
-                        T.gemm(k_s[0, :, :], k_s[0, :, :], kk, transpose_B=True, clear_accum=True)
-                        wait(gates_full, 0, parity)
-                        make_key_vectors(thread, vec, 0, kk, dtype, l2norm, reverse, None, 0, group, False)
-                        T.sync_threads(7, 128)
-                        arrive(key_full, 0)
-                        make_N(
-                            thread, 7, vec, 0, N_s, 0, L_s, inner_s, block_s, kk, a, b, c_, out, column, free, 1,
-                            not reverse,
+                        make_M(
+                            thread, 7, vec, 0, k_s, M_s, block_s, a_, b_, out, gates_full, parity, key_full, K, dtype,
+                            l2norm, reverse, None, 0, group, False,
                         )  # fmt: skip
+                        make_N(thread, 7, N_s, 0, M_s, A_s, block_s, a, b, c_, out, column, diagonal, free, 1)
                         T.sync_threads(7, 128)
                         T.tma_copy(N_s[0, :, :], N[slot, head, :, :])
                         T.tma_store_wait(0)
@@ -152,7 +151,7 @@ def prepare_kernel(key_dim, dtype, l2norm, gate, sigmoid, raw_dtype, beta_dtype,
                             wait(q_full, 0, parity)
                             T.gemm(q_s[0, :, :], k_s[0, :, :], Pf, transpose_B=True, clear_accum=True)
                             wait(query_full, 0, parity)
-                            weigh_queries(Pf, vec, 0)
+                            weigh_P(Pf, vec, 0, folds_decay(dtype))
                             cut(Pf, C * C // 128, False)
                             T.copy(Pf, P_s)
                             release_tiles()

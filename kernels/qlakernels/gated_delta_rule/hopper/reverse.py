@@ -20,9 +20,11 @@ from tilelang.layout import make_full_bank_swizzled_layout
 
 from qlakernels.gated_delta_rule.hopper.chunk import (
     BAR,
-    BETA,
+    FAR,
+    FROM_P,
     GAMMA,
     INTO_STATE,
+    LOG2,
     OUTPUT,
     PLACES,
     Q_STAGES,
@@ -32,7 +34,7 @@ from qlakernels.gated_delta_rule.hopper.chunk import (
     serve_gates,
     serve_keys,
     serve_queries,
-    weigh_queries,
+    weigh_P,
 )
 from qlakernels.gated_delta_rule.hopper.common import (
     BASE,
@@ -42,6 +44,7 @@ from qlakernels.gated_delta_rule.hopper.common import (
     PRELUDE,
     arrive,
     bring,
+    folds_decay,
     load_tail,
     release_tiles,
     section_of,
@@ -58,6 +61,7 @@ def reverse_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
     """`part`: rows of V a block takes, 64 or 128."""
     C = CHUNK
     K, V = key_dim, value_dim
+    folded = folds_decay(dtype)
     consumers = 2 * part
     base = consumers + 128  # the producer's first thread
     threads = base + 128
@@ -112,9 +116,9 @@ def reverse_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
             dv_s = T.alloc_shared((C, part), dtype)
             dS_s = T.alloc_shared((part, K), dtype)
             vec = T.alloc_shared((STAGES, VECTORS, C), "float32")
-            L_s = T.alloc_shared((C, C + 8), "float16")
-            inner_s = T.alloc_shared((C, C + 8), "float16")
-            block_s = T.alloc_shared((C // 8, 8, 12), "float32")
+            M_s = T.alloc_shared((C, C + 8), "float16")
+            A_s = T.alloc_shared((C, C + 8), "float16")
+            block_s = T.alloc_shared((C // 8 + 1, 8, 12), "float32")
 
             dS = T.alloc_fragment((part, K), "float32")
             dS_r = T.alloc_fragment((part, K), dtype)
@@ -124,9 +128,9 @@ def reverse_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
             do_f = T.alloc_fragment((C, part), dtype)
             dv_f = T.alloc_fragment((C, part), dtype)
             Pf = T.alloc_fragment((C, C), "float32")
-            kk = T.alloc_fragment((C, C), "float32")
             a, b, c_ = (T.alloc_local((8,), "float16") for _ in range(3))
             out, column = T.alloc_local((16,), "float32"), T.alloc_local((8,), "float32")
+            diagonal = T.alloc_local((2,), "float32")
             loaded_g, loaded_beta = T.alloc_local((2,), raw_dtype), T.alloc_local((2,), beta_dtype)
             g_now, beta_now = T.alloc_local((2,), raw_dtype), T.alloc_local((2,), beta_dtype)
             gate_x = T.alloc_local((3,), "float32")
@@ -198,7 +202,7 @@ def reverse_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
                     wait(key_full, stage, step // STAGES % 2)
                     T.wait_wgmma(1)
                     T.warpgroup_fence_operand(Pf, num_regs=C * C // consumers)
-                    weigh_queries(Pf, vec, stage)
+                    weigh_P(Pf, vec, stage, folded)
                     cut(Pf, C * C // consumers, False)
                     T.copy(Pf, P_s[step % PLACES, :, :])
                     T.tma_store_wait(0)  # dV of the chunk before has left dv_s
@@ -207,9 +211,12 @@ def reverse_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
                     wait(do_full, 0, step % 2)
                     T.copy(do_s, do_f)
                     for i, j in T.Parallel(part, C):
-                        left[i, j] = do_f[j, i]
-                    for i, j in T.Parallel(part, C):
                         from_q[i, j] = T.cast(do_f[j, i], "float32") * vec[stage, OUTPUT, j]
+                    if folded and vec[stage, LOG2, C - 1] > -FAR:
+                        T.copy(from_q, left)
+                    else:
+                        for i, j in T.Parallel(part, C):
+                            left[i, j] = do_f[j, i]
                     release_tiles()
                     arrive(do_empty, 0)
                     T.wait_wgmma(0)
@@ -226,7 +233,8 @@ def reverse_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
                     T.wait_wgmma(1)
                     T.warpgroup_fence_operand(D, num_regs=32)
                     for i, j in T.Parallel(part, C):
-                        left[i, j] = D[i, j] * vec[stage, BETA, j]
+                        D[i, j] *= vec[stage, FROM_P, j]
+                    T.copy(D, left)
                     T.wgmma_gemm(left, N_s[step % PLACES, :, :], D, policy=rows_first)
                     T.wait_wgmma(0)
                     T.warpgroup_fence_operand(D, num_regs=32)
@@ -261,9 +269,9 @@ def reverse_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
             elif thread < base:
                 T.set_max_nreg(auxiliary_registers, 0)
                 serve_keys(
-                    thread - consumers, 7, k_s, vec, N_s, L_s, inner_s, block_s, kk, a, b, c_, out, column, k_full,
-                    gates_full, key_full, made_full, made_empty, chunks, dtype, l2norm, True, norms, slot, group,
-                    p == 0 and head % ratio == 0,
+                    thread - consumers, 7, k_s, vec, N_s, M_s, A_s, block_s, a_, b_, a, b, c_, out, column, diagonal,
+                    k_full, gates_full, key_full, made_full, made_empty, chunks, K, dtype, l2norm, True, norms, slot,
+                    group, p == 0 and head % ratio == 0,
                 )  # fmt: skip
             else:
                 T.set_max_nreg(producer_registers, 0)

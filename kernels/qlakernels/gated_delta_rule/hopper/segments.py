@@ -16,7 +16,7 @@ one of dO, 110 KB: two blocks a multiprocessor.
 import tilelang.language as T
 from tilelang.layout import make_full_bank_swizzled_layout
 
-from qlakernels.gated_delta_rule.hopper.chunk import BAR, BETA, GAMMA, INTO_STATE, OUTPUT, STATE_KAPPA
+from qlakernels.gated_delta_rule.hopper.chunk import BAR, FAR, FROM_P, GAMMA, INTO_STATE, LOG2, OUTPUT, STATE_KAPPA
 from qlakernels.gated_delta_rule.hopper.common import (
     BASE,
     FIRST,
@@ -128,9 +128,12 @@ def segments_kernel(key_dim, value_dim, dtype, reverse):
                         T.copy(x_s[step % x_stages, :, :], x_f)
                         if reverse:
                             for i, j in T.Parallel(part, C):
-                                left[i, j] = x_f[j, i]
-                            for i, j in T.Parallel(part, C):
                                 from_q[i, j] = T.cast(x_f[j, i], "float32") * vec[stage, OUTPUT, j]
+                            if folds_decay(dtype) and vec[stage, LOG2, C - 1] > -FAR:
+                                T.copy(from_q, left)
+                            else:
+                                for i, j in T.Parallel(part, C):
+                                    left[i, j] = x_f[j, i]
                         release_tiles()
                         arrive(x_empty, step % x_stages)
                         for i, j in T.Parallel(part, K):
@@ -145,7 +148,8 @@ def segments_kernel(key_dim, value_dim, dtype, reverse):
                             T.wait_wgmma(1)
                             T.warpgroup_fence_operand(X, num_regs=32)
                             for i, j in T.Parallel(part, C):
-                                left[i, j] = X[i, j] * vec[stage, BETA, j]
+                                X[i, j] *= vec[stage, FROM_P, j]
+                            T.copy(X, left)
                             T.wgmma_gemm(left, N_s[stage, :, :], X)
                         else:
                             for i, j in T.Parallel(part, C):
