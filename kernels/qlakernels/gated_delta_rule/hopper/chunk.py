@@ -231,16 +231,45 @@ def cut(matrix, registers, strict):
         matrix[i, j] = T.Select(i > j if strict else i >= j, matrix[i, j], T.float32(0.0))
 
 
-@T.macro
-def load_block(block, source, row, column, lane, transposed):
-    """block [8] ← the 16×16 block of source [C, C + 8] at (row, column), as a left operand of `multiply`, by a warp.
+def address_of(element):
+    """In shared memory, of a piece of 16 bytes. Needs PRELUDE."""
+    return T.call_extern("uint32", "shared_address", T.access_ptr(element, "r", extent=8))
 
-    `transposed`: as a right one instead.
-    """
+
+def load_matrices(block, address):
+    """block [8] ← four matrices of 8×8 elements, a lane's address that of a row, by a warp. Needs PRELUDE."""
+    return T.call_extern("handle", "load_matrices", T.access_ptr(block[0], "w", extent=8), address)
+
+
+@T.macro
+def load_left(block, source, place, row, column, lane):
+    """block [8] ← the 16×16 block of source[place] at (row, column), as a left operand of `multiply`, by a warp."""
     T.ptx_ldmatrix(
-        T.bool(transposed),
+        T.bool(False),
         4,
-        T.access_ptr(source[row + lane % 16, column + lane // 16 * 8], "r", extent=8),
+        T.access_ptr(source[place, row + lane % 16, column + lane // 16 * 8], "r", extent=8),
+        T.access_ptr(block[0], "w", extent=8),
+    )
+
+
+@T.macro
+def load_right(block, source, place, row, column, lane):
+    """As `load_left`, as a right operand."""
+    T.ptx_ldmatrix(
+        T.bool(True),
+        4,
+        T.access_ptr(source[place, row + lane % 16, column + lane // 16 * 8], "r", extent=8),
+        T.access_ptr(block[0], "w", extent=8),
+    )
+
+
+@T.macro
+def load_transposed(block, source, place, row, column, lane):
+    """block [8] ← the transpose of the 16×16 block of source[place] at (row, column), as a right operand, by a warp."""
+    T.ptx_ldmatrix(
+        T.bool(False),
+        4,
+        T.access_ptr(source[place, row + lane // 16 * 8 + lane % 8, column + lane // 8 % 2 * 8], "r", extent=8),
         T.access_ptr(block[0], "w", extent=8),
     )
 
@@ -265,19 +294,20 @@ def multiply_half(out, left, right):
 
 
 @T.macro
-def clear_solve(t, barrier, N_s, places, A_s, block_s, diagonal):
+def clear_solve(t, barrier, N_s, A_s, places, block_s, diagonal):
     """Before the first chunk, by the warpgroup that makes N, for `make_N`: what is on and above the diagonal stays as it
     is. Behind the blocks that are solved by rows stands the identity, from which their columns start."""
     for place in T.unroll(places):
         for i, j in T.Parallel(CHUNK, CHUNK):
             N_s[place, i, j] = 0.0
-    for i, j in T.Parallel(CHUNK, CHUNK + 8):
-        A_s[i, j] = 0.0
+        for i, j in T.Parallel(CHUNK, CHUNK + 8):
+            A_s[place, i, j] = 0.0
     for i, j in T.Parallel(8, 12):
         block_s[CHUNK // 8, i, j] = 0.0
     T.sync_threads(barrier, 128)
     if t < CHUNK:
-        A_s[t, t] = 1.0
+        for place in T.unroll(places):
+            A_s[place, t, t] = 1.0
         block_s[CHUNK // 8, t % 8, t % 8] = 1.0
     for e in T.unroll(2):
         diagonal[e] = T.Select(t % 32 // 4 == t % 4 * 2 + e, T.float32(1.0), T.float32(0.0))
@@ -291,6 +321,13 @@ def as_left(block, out, tile):
 
 
 @T.macro
+def as_right(block, out):
+    """block ← a right operand from the transpose of out's first two tiles of 16×8."""
+    for x in T.unroll(8):
+        block[x] = out[x // 2 % 2 * 4 + x // 4 * 2 + x % 2]
+
+
+@T.macro
 def clear(out, count):
     for x in T.unroll(count):
         out[x] = 0.0
@@ -298,15 +335,12 @@ def clear(out, count):
 
 @T.macro
 def store_block(target, place, out, tile, row, column, lane):
-    """target[place] ← two tiles of `out`; place None: of a target [C, C + 8]."""
+    """target[place] ← two tiles of `out`."""
     for half in T.unroll(4):
         for x in T.vectorized(2):
-            i = row + lane // 4 + half % 2 * 8
-            j = column + half // 2 * 8 + lane % 4 * 2 + x
-            if place is None:
-                target[i, j] = out[tile * 4 + half * 2 + x]
-            else:
-                target[place, i, j] = out[tile * 4 + half * 2 + x]
+            target[place, row + lane // 4 + half % 2 * 8, column + half // 2 * 8 + lane % 4 * 2 + x] = out[
+                tile * 4 + half * 2 + x
+            ]
 
 
 @T.macro
@@ -314,19 +348,17 @@ def multiply_keys(out, k_s, stage, row, column, lane, a, b, key_dim, dtype):
     """out[0 : 8] ← the 16×16 block of K Kᵀ at (row, column), by a warp. Of out [16] the rest is a second sum, as a chain
     of products takes its time."""
     clear(out, 16)
+    tile = 64 if key_dim % 64 == 0 else 32  # columns of a tile of `state_layout`, in which pieces of 16 bytes are swapped:
+    # with steps of two pieces, an address is that of the first with a bit or two turned over
+    from_left = T.alloc_var("uint32")
+    from_right = T.alloc_var("uint32")
+    from_left = address_of(k_s[stage, row + lane % 16, lane // 16 * 8])
+    from_right = address_of(k_s[stage, column + lane // 16 * 8 + lane % 8, lane // 8 % 2 * 8])
     for step in T.unroll(key_dim // BLOCK):
-        T.ptx_ldmatrix(
-            T.bool(False),
-            4,
-            T.access_ptr(k_s[stage, row + lane % 16, step * BLOCK + lane // 16 * 8], "r", extent=8),
-            T.access_ptr(a[0], "w", extent=8),
-        )
-        T.ptx_ldmatrix(
-            T.bool(False),
-            4,
-            T.access_ptr(k_s[stage, column + lane // 16 * 8 + lane % 8, step * BLOCK + lane // 8 % 2 * 8], "r", extent=8),
-            T.access_ptr(b[0], "w", extent=8),
-        )
+        turned = step % (tile // BLOCK) * BLOCK * 2
+        beyond = step // (tile // BLOCK) * CHUNK * tile * 2
+        load_matrices(a, (from_left ^ T.uint32(turned)) + T.uint32(beyond))
+        load_matrices(b, (from_right ^ T.uint32(turned)) + T.uint32(beyond))
         for half in T.unroll(2):
             T.ptx_mma(
                 "float32", "m16n8k16", "row", "col", ABBREVIATION[dtype], ABBREVIATION[dtype], "fp32",
@@ -337,122 +369,128 @@ def multiply_keys(out, k_s, stage, row, column, lane, a, b, key_dim, dtype):
 
 
 @T.macro
-def make_M(
-    t, barrier, vec, stage, k_s, M_s, block_s, a_, b_, out, gates_full, parity, key_full, key_dim, dtype, l2norm, reverse,
-    norms, slot, group, write,
-):  # fmt: skip
-    """M_s ← −M of a chunk but for what is above its blocks on the diagonal; block_s ← the diagonal's blocks of 8, their
-    columns as rows. What stands on the diagonal and above it is without meaning, perhaps infinite. And the vectors of
-    the keys, before, from the diagonal of K Kᵀ. Run by a warpgroup, whose threads are t = 0 to 127; arrives at `key_full`.
+def solve_rows(warp, lane, A_s, place, block_s, column):
+    """A_s[place] ← the two blocks of 8 of warp I on the diagonal of A, from −M in block_s; half of the warp has a column
+    each, and takes what is known of it to the rows below."""
+    half = lane // 8 % 2
+    eight = warp * BLOCK + half * 8
+    if lane < BLOCK:
+        for i in T.unroll(8):
+            column[i] = block_s[CHUNK // 8, lane % 8, i]
+        for m in T.unroll(7):
+            for i in T.unroll(m + 1, 8):
+                column[i] += block_s[warp * 2 + half, m, i] * column[m]
+        for i in T.unroll(8):
+            A_s[place, eight + i, eight + lane % 8] = column[i]
+    T.sync_warp()
 
-    In a loop that is not unrolled: a block of the diagonal each, then four of the others, (3, 0) by the warp that has none
-    in its rows, then two.
+
+@T.macro
+def make_N(
+    t, barrier, vec, stage, k_s, N_s, place, A_s, Mt_s, block_s, a_, b_, a, b, c, out, column, diagonal, gates_full, parity,
+    key_full, free, free_parity, key_dim, dtype, l2norm, reverse, norms, slot, group, write,
+):  # fmt: skip
+    """N_s[place] ← the chunk's N, and vec[stage]'s vectors of the keys, before. Run by a warpgroup, whose threads are t = 0
+    to 127; arrives at `key_full`.
+
+    `free`, `free_parity`: the barriers behind which a place may be written. `barrier`: a named barrier of the
+    warpgroup's own. `diagonal` [2]: the identity at rows lane // 4 and columns lane % 4 · 2 and the next.
+
+    What is made of a block of M, transposed, as K Kᵀ comes from the tensor cores, is done in a loop that is not unrolled:
+    all of this is short code rather than quick code. First by each warp with its block of the diagonal; then the odd
+    warps make their A_IJ, the even ones two blocks of M each, of which the odd ones then make the rest. Above the
+    diagonal M is without meaning, perhaps infinite, and nowhere used.
     """
     warp = t // 32
     lane = t % 32
+    own = warp * BLOCK
     for turn in T.unroll(3, unroll_factor=1):
-        if turn < 2 or warp >= 2:
-            top = T.if_then_else(warp == 0 and turn == 1, 3, warp) * BLOCK
-            left = T.if_then_else(turn == 0, warp, T.max(warp + turn - 3, 0)) * BLOCK
-            multiply_keys(out, k_s, stage, top, left, lane, a_, b_, key_dim, dtype)
+        if turn < 2 or warp % 2 == 0:
+            top = T.if_then_else(turn == 0 or warp % 2 == 1, warp, 2 + warp // 2) * BLOCK
+            left = T.if_then_else(turn == 0, warp, T.if_then_else(warp % 2 == 1, warp - 1, turn - 1)) * BLOCK
+            multiply_keys(out, k_s, stage, left, top, lane, a_, b_, key_dim, dtype)
             if turn == 0:
                 wait(gates_full, stage, parity)
                 if l2norm:
                     for e in T.unroll(2):
                         if lane // 4 == lane % 4 * 2 + e:
-                            vec[stage, STATE_KAPPA, top + lane // 4] = out[e]
-                            vec[stage, STATE_KAPPA, top + 8 + lane // 4] = out[6 + e]
+                            vec[stage, STATE_KAPPA, own + lane // 4] = out[e]
+                            vec[stage, STATE_KAPPA, own + 8 + lane // 4] = out[6 + e]
                     T.sync_warp()
                 if lane < BLOCK:
-                    make_key_vectors(top + lane, vec, stage, dtype, l2norm, reverse, norms, slot, group, write)
-                T.sync_threads(barrier, 128)  # and the chunk before has been read
+                    make_key_vectors(own + lane, vec, stage, dtype, l2norm, reverse, norms, slot, group, write)
+                T.sync_warp()
                 arrive(key_full, stage)
             for x in T.unroll(8):
-                i = top + lane // 4 + x // 2 % 2 * 8
-                j = left + x // 4 * 8 + lane % 4 * 2 + x % 2
+                i = top + x // 4 * 8 + lane % 4 * 2 + x % 2
+                j = left + x // 2 % 2 * 8 + lane // 4
                 out[x] *= -exp2(vec[stage, LEFT_L, i] - vec[stage, RIGHT_L, j])
             if turn == 0:
-                for e in T.unroll(2):
-                    block_s[warp * 2, lane % 4 * 2 + e, lane // 4] = out[e]
-                    block_s[warp * 2 + 1, lane % 4 * 2 + e, lane // 4] = out[6 + e]
-            store_block(M_s, None, out, 0, top, left, lane)
-
-
-@T.macro
-def make_N(t, barrier, N_s, place, M_s, A_s, block_s, a, b, c, out, column, diagonal, free, free_parity):
-    """N_s[place] ← the chunk's N, from what `make_M` has left. Run by a warpgroup, whose threads are t = 0 to 127.
-
-    `free`, `free_parity`: the barriers behind which a place may be written. `barrier`: a named barrier of the
-    warpgroup's own. `diagonal` [2]: the identity at rows lane // 4 and columns lane % 4 · 2 and the next.
-    """
-    warp = t // 32
-    lane = t % 32
-    top = warp * BLOCK
-    T.sync_warp()
-    # blocks of 8: a thread has a column of one, and what is known of it is taken to the rows below
-    half = lane // 8 % 2
-    eight = top + half * 8
-    for i in T.unroll(8):
-        column[i] = block_s[CHUNK // 8, lane % 8, i]
-    for m in T.unroll(7):
-        for i in T.unroll(m + 1, 8):
-            column[i] += block_s[warp * 2 + half, m, i] * column[m]
-    if lane < 16:
-        for i in T.unroll(8):
-            A_s[eight + i, eight + lane % 8] = column[i]
-    T.sync_warp()
-    # the block of 16: of its products only rows 8 to 15, columns 0 to 7 are wanted
-    load_block(a, A_s, top, top, lane, False)
-    load_block(b, M_s, top, top, lane, True)
-    for x in T.unroll(2):
-        a[2 + x] = 0.0
-        b[x] = 0.0
-    clear(out, 4)
-    multiply_half(out, a, b)
-    for x in T.unroll(8):
-        a[x] = out[x] if x // 2 == 1 else 0.0
-    load_block(b, A_s, top, top, lane, True)
-    clear(out, 4)
-    multiply_half(out, a, b)
-    for x in T.vectorized(2):
-        A_s[top + 8 + lane // 4, top + lane % 4 * 2 + x] = out[2 + x]
-    T.sync_warp()
-    load_block(a, A_s, top, top, lane, False)
-    for x in T.unroll(8):
-        out[x] = T.cast(a[x], "float32") - (diagonal[x % 2] if x // 2 % 3 == 0 else 0.0)
-    wait(free, place, free_parity)
-    store_block(N_s, place, out, 0, top, top, lane)
+                for e in T.vectorized(2):
+                    block_s[warp * 2, lane // 4, lane % 4 * 2 + e] = out[e]
+                for e in T.vectorized(2):
+                    block_s[warp * 2 + 1, lane // 4, lane % 4 * 2 + e] = out[6 + e]
+                T.sync_warp()
+                solve_rows(warp, lane, A_s, place, block_s, column)
+                # of the products of this block only rows 8 to 15, columns 0 to 7 are wanted
+                load_left(a, A_s, place, own, own, lane)
+                for x in T.unroll(8):
+                    c[x] = 0.0 if x // 2 == 1 else a[x]
+                for x in T.unroll(4):
+                    b[x] = out[2 + x] if x >= 2 else 0.0
+                clear(out, 4)
+                multiply_half(out, c, b)
+                for x in T.unroll(8):
+                    c[x] = out[x] if x // 2 == 1 else 0.0
+                load_right(b, A_s, place, own, own, lane)
+                clear(out, 4)
+                multiply_half(out, c, b)
+                for x in T.unroll(2):
+                    a[2 + x] = out[2 + x]
+                for x in T.vectorized(2):
+                    A_s[place, own + 8 + lane // 4, own + lane % 4 * 2 + x] = out[2 + x]
+                for x in T.unroll(8):
+                    out[x] = T.cast(a[x], "float32") - (diagonal[x % 2] if x // 2 % 3 == 0 else 0.0)
+                wait(free, place, free_parity)
+                store_block(N_s, place, out, 0, own, own, lane)
+                T.sync_threads(barrier, 128)
+            elif warp % 2 == 1:
+                as_right(b, out)
+                clear(out, 8)
+                multiply(out, 0, a, b)
+                as_left(c, out, 0)
+                load_right(b, A_s, place, left, left, lane)
+                clear(out, 8)
+                multiply(out, 0, c, b)
+                store_block(A_s, place, out, 0, own, left, lane)
+                store_block(N_s, place, out, 0, own, left, lane)
+            else:
+                for half in T.unroll(4):
+                    for x in T.vectorized(2):
+                        Mt_s[
+                            0, left + half % 2 * 8 + lane // 4, top - CHUNK // 2 + half // 2 * 8 + lane % 4 * 2 + x
+                        ] = out[half * 2 + x]
     T.sync_threads(barrier, 128)
     if warp % 2 == 1:
-        load_block(b, M_s, top, top - BLOCK, lane, True)
-        clear(out, 8)
-        multiply(out, 0, a, b)
-        as_left(a, out, 0)
-        load_block(b, A_s, top - BLOCK, top - BLOCK, lane, True)
-        clear(out, 8)
-        multiply(out, 0, a, b)
-        store_block(A_s, None, out, 0, top, top - BLOCK, lane)
-        store_block(N_s, place, out, 0, top, top - BLOCK, lane)
-    T.sync_threads(barrier, 128)
-    if warp >= 2:
+        row = (2 + warp // 2) * BLOCK
         clear(out, 16)
         for step in T.unroll(2, unroll_factor=1):
-            if 2 + step <= warp:
-                load_block(a, A_s, top, (2 + step) * BLOCK, lane, False)
+            if step <= warp // 2:
+                load_left(a, A_s, place, row, (2 + step) * BLOCK, lane)
                 for J in T.unroll(2):
-                    load_block(b, M_s, (2 + step) * BLOCK, J * BLOCK, lane, True)
+                    load_transposed(b, Mt_s, 0, J * BLOCK, step * BLOCK, lane)
                     multiply(out, J * 2, a, b)
         as_left(a, out, 0)
         as_left(b, out, 2)
         clear(out, 16)
-        load_block(c, A_s, 0, 0, lane, True)
+        load_right(c, A_s, place, 0, 0, lane)
         multiply(out, 0, a, c)
-        load_block(c, A_s, BLOCK, 0, lane, True)
+        load_right(c, A_s, place, BLOCK, 0, lane)
         multiply(out, 0, b, c)
-        load_block(c, A_s, BLOCK, BLOCK, lane, True)
+        load_right(c, A_s, place, BLOCK, BLOCK, lane)
         multiply(out, 2, b, c)
         for J in T.unroll(2):
-            store_block(N_s, place, out, J * 2, top, J * BLOCK, lane)
+            store_block(N_s, place, out, J * 2, row, J * BLOCK, lane)
     release_tiles()
 
 
@@ -506,20 +544,17 @@ def serve_queries(
 
 @T.macro
 def serve_keys(
-    t, barrier, k_s, vec, N_s, M_s, A_s, block_s, a_, b_, a, b, c, out, column, diagonal, k_full, gates_full, key_full,
+    t, barrier, k_s, vec, N_s, A_s, Mt_s, block_s, a_, b_, a, b, c, out, column, diagonal, k_full, gates_full, key_full,
     made_full, made_empty, chunks, key_dim, dtype, l2norm, reverse, norms, slot, group, write,
 ):  # fmt: skip
     """The role of a scan's warpgroup that makes the vectors of the keys and N. `write`, if `reverse`: norms as well."""
-    clear_solve(t, barrier, N_s, PLACES, A_s, block_s, diagonal)
+    clear_solve(t, barrier, N_s, A_s, PLACES, block_s, diagonal)
     for step in T.serial(chunks):
         stage = step % STAGES
         wait(k_full, stage, step // STAGES % 2)
-        make_M(
-            t, barrier, vec, stage, k_s, M_s, block_s, a_, b_, out, gates_full, step // STAGES % 2, key_full, key_dim,
-            dtype, l2norm, reverse, norms, slot + chunks - 1 - step, group, write,
-        )  # fmt: skip
         make_N(
-            t, barrier, N_s, step % PLACES, M_s, A_s, block_s, a, b, c, out, column, diagonal, made_empty,
-            (step // PLACES + 1) % 2,
+            t, barrier, vec, stage, k_s, N_s, step % PLACES, A_s, Mt_s, block_s, a_, b_, a, b, c, out, column, diagonal,
+            gates_full, step // STAGES % 2, key_full, made_empty, (step // PLACES + 1) % 2, key_dim, dtype, l2norm,
+            reverse, norms, slot + chunks - 1 - step, group, write,
         )  # fmt: skip
         arrive(made_full, step % PLACES)

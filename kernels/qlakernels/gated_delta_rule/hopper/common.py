@@ -35,6 +35,7 @@ L2_EPS = 1e-6
 
 
 PRELUDE = """
+#include <cuda_bf16.h>
 __device__ __forceinline__ void fence_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 __device__ __forceinline__ void fence_global() { asm volatile("fence.proxy.async;" ::: "memory"); }
 __device__ __forceinline__ void hold_memory() { asm volatile("" ::: "memory"); }
@@ -43,6 +44,19 @@ __device__ __forceinline__ void copy_or_clear(void* shared, const void* global, 
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(bytes) : "memory");
 }
 __device__ __forceinline__ void await_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+__device__ __forceinline__ unsigned shared_address(const void* shared) {
+  return static_cast<unsigned>(__cvta_generic_to_shared(shared));
+}
+__device__ __forceinline__ void load_matrices(void* block, unsigned address) {
+  unsigned* x = static_cast<unsigned*>(block);
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(address) : "memory");
+}
+__device__ __forceinline__ float2 widened(__nv_bfloat162 x) {
+  unsigned bits = reinterpret_cast<unsigned&>(x);
+  return make_float2(__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u));
+}
+#define __bfloat1622float2 widened  // which takes an instruction more for a pair
 __device__ __forceinline__ float fast_exp2(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

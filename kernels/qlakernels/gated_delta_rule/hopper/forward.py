@@ -66,7 +66,7 @@ from qlakernels.gated_delta_rule.hopper.common import (
 from qlakernels.gated_delta_rule.hopper.sizes import CHUNK, STATE_STRIDE, VECTORS
 
 # consumers → registers of a thread of theirs, of the auxiliary, of the producer
-REGISTERS = {1: (216, 168, 120), 2: (192, 88, 40)}
+REGISTERS = {1: (216, 168, 120), 2: (192, 96, 32)}
 
 
 def forward_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_dtype, beta_dtype, keep):
@@ -127,8 +127,8 @@ def forward_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
             W_s = T.alloc_shared((C, part), dtype)
             S_s = T.alloc_shared((part, K), dtype)
             vec = T.alloc_shared((STAGES, VECTORS, C), "float32")
-            M_s = T.alloc_shared((C, C + 8), "float16")
-            A_s = T.alloc_shared((C, C + 8), "float16")
+            A_s = T.alloc_shared((PLACES, C, C + 8), "float16")
+            Mt_s = T.alloc_shared((1, C // 2, C // 2 + 8), "float16")
             block_s = T.alloc_shared((C // 8 + 1, 8, 12), "float32")
 
             S = T.alloc_fragment((part, K), "float32")
@@ -248,16 +248,16 @@ def forward_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
                         W_f[j, i] = X[i, j] * vec[stage, BAR, j]
                     for i, j in T.Parallel(part, C):
                         left[i, j] = W_f[j, i]
-                    T.tma_store_wait(0)
-                    T.sync_threads(1, consumers)  # the outputs of the chunk before have left o_s and W_s
-                    if keep:
-                        T.copy(W_f, W_s)
                     wait(P_full, c % PLACES, c // PLACES % 2)
                     T.wgmma_gemm(left, P_s[c % PLACES, :, :], O, transpose_B=True, policy=rows_first)
                     if not folded:
                         for i, j in T.Parallel(part, C):
                             into[i, j] = T.cast(W_f[j, i], "float32") * vec[stage, INTO_STATE, j]
                     T.wgmma_gemm(left if folded else into, k_s[stage, :, :], S, policy=rows_first)
+                    T.tma_store_wait(0)
+                    T.sync_threads(1, consumers)  # the outputs of the chunk before have left o_s and W_s
+                    if keep:
+                        T.copy(W_f, W_s)
                     T.wait_wgmma(1)
                     T.warpgroup_fence_operand(O, num_regs=32)
                     arrive(made_empty, c % PLACES)
@@ -298,7 +298,7 @@ def forward_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
             elif thread < base:
                 T.set_max_nreg(auxiliary_registers, 0)
                 serve_keys(
-                    thread - consumers, 7, k_s, vec, N_s, M_s, A_s, block_s, a_, b_, a, b, c_, out, column, diagonal,
+                    thread - consumers, 7, k_s, vec, N_s, A_s, Mt_s, block_s, a_, b_, a, b, c_, out, column, diagonal,
                     k_full, gates_full, key_full, made_full, made_empty, chunks, K, dtype, l2norm, False, None, 0,
                     group, False,
                 )  # fmt: skip

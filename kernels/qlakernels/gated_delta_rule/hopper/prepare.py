@@ -13,7 +13,6 @@ from qlakernels.gated_delta_rule.hopper.chunk import (
     cut,
     load_gates,
     make_gates,
-    make_M,
     make_N,
     make_query_vectors,
     weigh_P,
@@ -72,8 +71,8 @@ def prepare_kernel(key_dim, dtype, l2norm, gate, sigmoid, raw_dtype, beta_dtype,
             k_s = T.alloc_shared((1, C, K), dtype)
             N_s = T.alloc_shared((1, C, C), dtype)
             vec = T.alloc_shared((1, VECTORS, C), "float32")
-            M_s = T.alloc_shared((C, C + 8), "float16")
-            A_s = T.alloc_shared((C, C + 8), "float16")
+            A_s = T.alloc_shared((1, C, C + 8), "float16")
+            Mt_s = T.alloc_shared((1, C // 2, C // 2 + 8), "float16")
             block_s = T.alloc_shared((C // 8 + 1, 8, 12), "float32")
             a, b, c_ = (T.alloc_local((8,), "float16") for _ in range(3))
             out, column = T.alloc_local((16,), "float32"), T.alloc_local((8,), "float32")
@@ -111,13 +110,12 @@ def prepare_kernel(key_dim, dtype, l2norm, gate, sigmoid, raw_dtype, beta_dtype,
                     slot = place[BASE] + c
                     if thread < 128:
                         if step == 0:
-                            clear_solve(thread, 7, N_s, 1, A_s, block_s, diagonal)
+                            clear_solve(thread, 7, N_s, A_s, 1, block_s, diagonal)
                         wait(k_full, 0, parity)
-                        make_M(
-                            thread, 7, vec, 0, k_s, M_s, block_s, a_, b_, out, gates_full, parity, key_full, K, dtype,
-                            l2norm, reverse, None, 0, group, False,
+                        make_N(
+                            thread, 7, vec, 0, k_s, N_s, 0, A_s, Mt_s, block_s, a_, b_, a, b, c_, out, column, diagonal,
+                            gates_full, parity, key_full, free, 1, K, dtype, l2norm, reverse, None, 0, group, False,
                         )  # fmt: skip
-                        make_N(thread, 7, N_s, 0, M_s, A_s, block_s, a, b, c_, out, column, diagonal, free, 1)
                         T.sync_threads(7, 128)
                         T.tma_copy(N_s[0, :, :], N[slot, head, :, :])
                         T.tma_store_wait(0)

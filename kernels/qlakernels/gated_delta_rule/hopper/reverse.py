@@ -53,8 +53,10 @@ from qlakernels.gated_delta_rule.hopper.common import (
     transposed_accumulator,
     wait,
 )
-from qlakernels.gated_delta_rule.hopper.forward import REGISTERS
 from qlakernels.gated_delta_rule.hopper.sizes import CHUNK, PIECE, VECTORS
+
+# as in `forward`
+REGISTERS = {1: (216, 168, 120), 2: (184, 104, 40)}
 
 
 def reverse_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_dtype, beta_dtype):
@@ -116,8 +118,8 @@ def reverse_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
             dv_s = T.alloc_shared((C, part), dtype)
             dS_s = T.alloc_shared((part, K), dtype)
             vec = T.alloc_shared((STAGES, VECTORS, C), "float32")
-            M_s = T.alloc_shared((C, C + 8), "float16")
-            A_s = T.alloc_shared((C, C + 8), "float16")
+            A_s = T.alloc_shared((PLACES, C, C + 8), "float16")
+            Mt_s = T.alloc_shared((1, C // 2, C // 2 + 8), "float16")
             block_s = T.alloc_shared((C // 8 + 1, 8, 12), "float32")
 
             dS = T.alloc_fragment((part, K), "float32")
@@ -269,7 +271,7 @@ def reverse_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
             elif thread < base:
                 T.set_max_nreg(auxiliary_registers, 0)
                 serve_keys(
-                    thread - consumers, 7, k_s, vec, N_s, M_s, A_s, block_s, a_, b_, a, b, c_, out, column, diagonal,
+                    thread - consumers, 7, k_s, vec, N_s, A_s, Mt_s, block_s, a_, b_, a, b, c_, out, column, diagonal,
                     k_full, gates_full, key_full, made_full, made_empty, chunks, K, dtype, l2norm, True, norms, slot,
                     group, p == 0 and head % ratio == 0,
                 )  # fmt: skip
