@@ -31,6 +31,7 @@ from qlakernels.gated_delta_rule.hopper.common import (
     folds_decay,
     log2,
     release_tiles,
+    sync_warpgroup,
     wait,
     weight_of_W,
 )
@@ -40,6 +41,8 @@ BLOCK = 16
 STAGES = 3  # of k and the vectors in a scan
 Q_STAGES = 2
 PLACES = 2  # of N and P
+BLOCKS_OF_8 = CHUNK // 8
+AUXILIARIES = {1: 2, 2: 1}  # warpgroups of a scan that make N, by the number of its consumers
 # rows of a chunk's vectors in shared memory, [VECTORS, CHUNK] in float32
 LOG2, BETA, GAMMA, RHO = range(4)  # of the gates
 ROW_P, OUTPUT = 4, 5  # of the queries
@@ -294,21 +297,23 @@ def multiply_half(out, left, right):
 
 
 @T.macro
-def clear_solve(t, barrier, N_s, A_s, places, block_s, diagonal):
-    """Before the first chunk, by the warpgroup that makes N, for `make_N`: what is on and above the diagonal stays as it
+def clear_solve(t, threads, N_s, places, A_s, halves, block_s, auxiliaries, diagonal):
+    """Before the first chunk, by the warpgroups that make N, for `make_N`: what is on and above the diagonal stays as it
     is. Behind the blocks that are solved by rows stands the identity, from which their columns start."""
     for place in T.unroll(places):
         for i, j in T.Parallel(CHUNK, CHUNK):
             N_s[place, i, j] = 0.0
+    for half in T.unroll(halves):
         for i, j in T.Parallel(CHUNK, CHUNK + 8):
-            A_s[place, i, j] = 0.0
+            A_s[half, i, j] = 0.0
     for i, j in T.Parallel(8, 12):
-        block_s[CHUNK // 8, i, j] = 0.0
-    T.sync_threads(barrier, 128)
+        block_s[auxiliaries * BLOCKS_OF_8, i, j] = 0.0
+    T.sync_threads(7, threads)
     if t < CHUNK:
-        for place in T.unroll(places):
-            A_s[place, t, t] = 1.0
-        block_s[CHUNK // 8, t % 8, t % 8] = 1.0
+        for half in T.unroll(halves):
+            A_s[half, t, t] = 1.0
+        block_s[auxiliaries * BLOCKS_OF_8, t % 8, t % 8] = 1.0
+    T.sync_threads(7, threads)
     for e in T.unroll(2):
         diagonal[e] = T.Select(t % 32 // 4 == t % 4 * 2 + e, T.float32(1.0), T.float32(0.0))
 
@@ -336,10 +341,10 @@ def clear(out, count):
 @T.macro
 def store_block(target, place, out, tile, row, column, lane):
     """target[place] ← two tiles of `out`."""
-    for half in T.unroll(4):
+    for pair in T.unroll(4):
         for x in T.vectorized(2):
-            target[place, row + lane // 4 + half % 2 * 8, column + half // 2 * 8 + lane % 4 * 2 + x] = out[
-                tile * 4 + half * 2 + x
+            target[place, row + lane // 4 + pair % 2 * 8, column + pair // 2 * 8 + lane % 4 * 2 + x] = out[
+                tile * 4 + pair * 2 + x
             ]
 
 
@@ -369,32 +374,33 @@ def multiply_keys(out, k_s, stage, row, column, lane, a, b, key_dim, dtype):
 
 
 @T.macro
-def solve_rows(warp, lane, A_s, place, block_s, column):
-    """A_s[place] ← the two blocks of 8 of warp I on the diagonal of A, from −M in block_s; half of the warp has a column
-    each, and takes what is known of it to the rows below."""
-    half = lane // 8 % 2
-    eight = warp * BLOCK + half * 8
+def solve_rows(warp, lane, A_s, half, block_s, which, identity, column):
+    """A_s[half] ← the two blocks of 8 of warp I on the diagonal of A, from −M in block_s; 16 lanes have a column each, and
+    take what is known of it to the rows below."""
+    lower = lane // 8 % 2
+    eight = warp * BLOCK + lower * 8
     if lane < BLOCK:
         for i in T.unroll(8):
-            column[i] = block_s[CHUNK // 8, lane % 8, i]
+            column[i] = block_s[identity, lane % 8, i]
         for m in T.unroll(7):
             for i in T.unroll(m + 1, 8):
-                column[i] += block_s[warp * 2 + half, m, i] * column[m]
+                column[i] += block_s[which * BLOCKS_OF_8 + warp * 2 + lower, m, i] * column[m]
         for i in T.unroll(8):
-            A_s[place, eight + i, eight + lane % 8] = column[i]
+            A_s[half, eight + i, eight + lane % 8] = column[i]
     T.sync_warp()
 
 
 @T.macro
 def make_N(
-    t, barrier, vec, stage, k_s, N_s, place, A_s, Mt_s, block_s, a_, b_, a, b, c, out, column, diagonal, gates_full, parity,
-    key_full, free, free_parity, key_dim, dtype, l2norm, reverse, norms, slot, group, write,
+    t, which, auxiliaries, vec, stage, k_s, N_s, place, A_s, half, Mt_s, block_s, a_, b_, a, b, c, out, column, diagonal,
+    gates_full, parity, key_full, free, free_parity, key_dim, dtype, l2norm, reverse, norms, slot, group, write,
 ):  # fmt: skip
     """N_s[place] ← the chunk's N, and vec[stage]'s vectors of the keys, before. Run by a warpgroup, whose threads are t = 0
     to 127; arrives at `key_full`.
 
-    `free`, `free_parity`: the barriers behind which a place may be written. `barrier`: a named barrier of the
-    warpgroup's own. `diagonal` [2]: the identity at rows lane // 4 and columns lane % 4 · 2 and the next.
+    `which` of the `auxiliaries` that make N in turns this is; it has A_s[half] to itself for this chunk and the next of its
+    own, Mt_s[which], its part of block_s, and a named barrier. `free`, `free_parity`: the barriers behind which a place
+    may be written. `diagonal` [2]: the identity at rows lane // 4 and columns lane % 4 · 2 and the next.
 
     What is made of a block of M, transposed, as K Kᵀ comes from the tensor cores, is done in a loop that is not unrolled:
     all of this is short code rather than quick code. First by each warp with its block of the diagonal; then the odd
@@ -427,13 +433,13 @@ def make_N(
                 out[x] *= -exp2(vec[stage, LEFT_L, i] - vec[stage, RIGHT_L, j])
             if turn == 0:
                 for e in T.vectorized(2):
-                    block_s[warp * 2, lane // 4, lane % 4 * 2 + e] = out[e]
+                    block_s[which * BLOCKS_OF_8 + warp * 2, lane // 4, lane % 4 * 2 + e] = out[e]
                 for e in T.vectorized(2):
-                    block_s[warp * 2 + 1, lane // 4, lane % 4 * 2 + e] = out[6 + e]
+                    block_s[which * BLOCKS_OF_8 + warp * 2 + 1, lane // 4, lane % 4 * 2 + e] = out[6 + e]
                 T.sync_warp()
-                solve_rows(warp, lane, A_s, place, block_s, column)
+                solve_rows(warp, lane, A_s, half, block_s, which, auxiliaries * BLOCKS_OF_8, column)
                 # of the products of this block only rows 8 to 15, columns 0 to 7 are wanted
-                load_left(a, A_s, place, own, own, lane)
+                load_left(a, A_s, half, own, own, lane)
                 for x in T.unroll(8):
                     c[x] = 0.0 if x // 2 == 1 else a[x]
                 for x in T.unroll(4):
@@ -442,52 +448,48 @@ def make_N(
                 multiply_half(out, c, b)
                 for x in T.unroll(8):
                     c[x] = out[x] if x // 2 == 1 else 0.0
-                load_right(b, A_s, place, own, own, lane)
+                load_right(b, A_s, half, own, own, lane)
                 clear(out, 4)
                 multiply_half(out, c, b)
                 for x in T.unroll(2):
                     a[2 + x] = out[2 + x]
                 for x in T.vectorized(2):
-                    A_s[place, own + 8 + lane // 4, own + lane % 4 * 2 + x] = out[2 + x]
+                    A_s[half, own + 8 + lane // 4, own + lane % 4 * 2 + x] = out[2 + x]
                 for x in T.unroll(8):
                     out[x] = T.cast(a[x], "float32") - (diagonal[x % 2] if x // 2 % 3 == 0 else 0.0)
                 wait(free, place, free_parity)
                 store_block(N_s, place, out, 0, own, own, lane)
-                T.sync_threads(barrier, 128)
+                sync_warpgroup(7 + which)
             elif warp % 2 == 1:
                 as_right(b, out)
                 clear(out, 8)
                 multiply(out, 0, a, b)
                 as_left(c, out, 0)
-                load_right(b, A_s, place, left, left, lane)
+                load_right(b, A_s, half, left, left, lane)
                 clear(out, 8)
                 multiply(out, 0, c, b)
-                store_block(A_s, place, out, 0, own, left, lane)
+                store_block(A_s, half, out, 0, own, left, lane)
                 store_block(N_s, place, out, 0, own, left, lane)
             else:
-                for half in T.unroll(4):
-                    for x in T.vectorized(2):
-                        Mt_s[
-                            0, left + half % 2 * 8 + lane // 4, top - CHUNK // 2 + half // 2 * 8 + lane % 4 * 2 + x
-                        ] = out[half * 2 + x]
-    T.sync_threads(barrier, 128)
+                store_block(Mt_s, which, out, 0, left, top - CHUNK // 2, lane)
+    sync_warpgroup(7 + which)
     if warp % 2 == 1:
         row = (2 + warp // 2) * BLOCK
         clear(out, 16)
         for step in T.unroll(2, unroll_factor=1):
             if step <= warp // 2:
-                load_left(a, A_s, place, row, (2 + step) * BLOCK, lane)
+                load_left(a, A_s, half, row, (2 + step) * BLOCK, lane)
                 for J in T.unroll(2):
-                    load_transposed(b, Mt_s, 0, J * BLOCK, step * BLOCK, lane)
+                    load_transposed(b, Mt_s, which, J * BLOCK, step * BLOCK, lane)
                     multiply(out, J * 2, a, b)
         as_left(a, out, 0)
         as_left(b, out, 2)
         clear(out, 16)
-        load_right(c, A_s, place, 0, 0, lane)
+        load_right(c, A_s, half, 0, 0, lane)
         multiply(out, 0, a, c)
-        load_right(c, A_s, place, BLOCK, 0, lane)
+        load_right(c, A_s, half, BLOCK, 0, lane)
         multiply(out, 0, b, c)
-        load_right(c, A_s, place, BLOCK, BLOCK, lane)
+        load_right(c, A_s, half, BLOCK, BLOCK, lane)
         multiply(out, 2, b, c)
         for J in T.unroll(2):
             store_block(N_s, place, out, J * 2, row, J * BLOCK, lane)
@@ -544,17 +546,20 @@ def serve_queries(
 
 @T.macro
 def serve_keys(
-    t, barrier, k_s, vec, N_s, A_s, Mt_s, block_s, a_, b_, a, b, c, out, column, diagonal, k_full, gates_full, key_full,
+    t, auxiliaries, k_s, vec, N_s, A_s, Mt_s, block_s, a_, b_, a, b, c, out, column, diagonal, k_full, gates_full, key_full,
     made_full, made_empty, chunks, key_dim, dtype, l2norm, reverse, norms, slot, group, write,
 ):  # fmt: skip
-    """The role of a scan's warpgroup that makes the vectors of the keys and N. `write`, if `reverse`: norms as well."""
-    clear_solve(t, barrier, N_s, A_s, PLACES, block_s, diagonal)
-    for step in T.serial(chunks):
+    """The role of a scan's warpgroups that make the vectors of the keys and N, in turns; their threads are t = 0 and
+    onwards. `write`, if `reverse`: norms as well."""
+    clear_solve(t, 128 * auxiliaries, N_s, PLACES, A_s, 2 * auxiliaries, block_s, auxiliaries, diagonal)
+    which = t // 128
+    for turn in T.serial(T.ceildiv(chunks - which, auxiliaries)):
+        step = turn * auxiliaries + which
         stage = step % STAGES
         wait(k_full, stage, step // STAGES % 2)
         make_N(
-            t, barrier, vec, stage, k_s, N_s, step % PLACES, A_s, Mt_s, block_s, a_, b_, a, b, c, out, column, diagonal,
-            gates_full, step // STAGES % 2, key_full, made_empty, (step // PLACES + 1) % 2, key_dim, dtype, l2norm,
-            reverse, norms, slot + chunks - 1 - step, group, write,
+            t % 128, which, auxiliaries, vec, stage, k_s, N_s, step % PLACES, A_s, step % (2 * auxiliaries), Mt_s, block_s,
+            a_, b_, a, b, c, out, column, diagonal, gates_full, step // STAGES % 2, key_full, made_empty,
+            (step // PLACES + 1) % 2, key_dim, dtype, l2norm, reverse, norms, slot + chunks - 1 - step, group, write,
         )  # fmt: skip
         arrive(made_full, step % PLACES)

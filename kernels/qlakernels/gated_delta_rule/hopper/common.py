@@ -38,6 +38,7 @@ PRELUDE = """
 #include <cuda_bf16.h>
 __device__ __forceinline__ void fence_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 __device__ __forceinline__ void fence_global() { asm volatile("fence.proxy.async;" ::: "memory"); }
+__device__ __forceinline__ void sync_warpgroup(int barrier) { asm volatile("bar.sync %0, 128;" ::"r"(barrier) : "memory"); }
 __device__ __forceinline__ void hold_memory() { asm volatile("" ::: "memory"); }
 __device__ __forceinline__ void copy_or_clear(void* shared, const void* global, int bytes) {
   unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(shared));
@@ -181,6 +182,12 @@ def wait(barriers, index, parity):
     """A wait that the compiler moves no load or store across; needs PRELUDE."""
     T.barrier_wait(barriers[index], parity)
     T.call_extern("handle", "hold_memory")
+
+
+@T.macro
+def sync_warpgroup(barrier):
+    """`T.sync_threads` of 128 threads at a named barrier that need not be known to the compiler; needs PRELUDE."""
+    T.call_extern("handle", "sync_warpgroup", barrier)
 
 
 @T.macro

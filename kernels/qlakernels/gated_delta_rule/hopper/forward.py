@@ -28,7 +28,9 @@ import tilelang.language as T
 from tilelang.layout import make_full_bank_swizzled_layout
 
 from qlakernels.gated_delta_rule.hopper.chunk import (
+    AUXILIARIES,
     BAR,
+    BLOCKS_OF_8,
     FAR,
     GAMMA,
     INTO_STATE,
@@ -66,7 +68,7 @@ from qlakernels.gated_delta_rule.hopper.common import (
 from qlakernels.gated_delta_rule.hopper.sizes import CHUNK, STATE_STRIDE, VECTORS
 
 # consumers → registers of a thread of theirs, of the auxiliary, of the producer
-REGISTERS = {1: (216, 168, 120), 2: (192, 96, 32)}
+REGISTERS = {1: (216, 104, 88), 2: (192, 96, 32)}
 
 
 def forward_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_dtype, beta_dtype, keep):
@@ -78,7 +80,8 @@ def forward_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
     folded = folds_decay(dtype)
     rows_first = T.GemmWarpPolicy.FullRow
     columns_first = T.GemmWarpPolicy.FullCol
-    base = consumers + 128  # the producer's first thread
+    auxiliaries = AUXILIARIES[part // 64]
+    base = consumers + 128 * auxiliaries  # the producer's first thread
     threads = base + 128
     registers, auxiliary_registers, producer_registers = REGISTERS[warpgroups]
     tokens, heads, groups = T.dynamic("tokens"), T.dynamic("heads"), T.dynamic("groups")
@@ -127,9 +130,9 @@ def forward_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
             W_s = T.alloc_shared((C, part), dtype)
             S_s = T.alloc_shared((part, K), dtype)
             vec = T.alloc_shared((STAGES, VECTORS, C), "float32")
-            A_s = T.alloc_shared((PLACES, C, C + 8), "float16")
-            Mt_s = T.alloc_shared((1, C // 2, C // 2 + 8), "float16")
-            block_s = T.alloc_shared((C // 8 + 1, 8, 12), "float32")
+            A_s = T.alloc_shared((2 * auxiliaries, C, C + 8), "float16")
+            Mt_s = T.alloc_shared((auxiliaries, C // 2, C // 2 + 8), "float16")
+            block_s = T.alloc_shared((auxiliaries * BLOCKS_OF_8 + 1, 8, 12), "float32")
 
             S = T.alloc_fragment((part, K), "float32")
             S_r = T.alloc_fragment((part, K), dtype)
@@ -298,7 +301,7 @@ def forward_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
             elif thread < base:
                 T.set_max_nreg(auxiliary_registers, 0)
                 serve_keys(
-                    thread - consumers, 7, k_s, vec, N_s, A_s, Mt_s, block_s, a_, b_, a, b, c_, out, column, diagonal,
+                    thread - consumers, auxiliaries, k_s, vec, N_s, A_s, Mt_s, block_s, a_, b_, a, b, c_, out, column, diagonal,
                     k_full, gates_full, key_full, made_full, made_empty, chunks, K, dtype, l2norm, False, None, 0,
                     group, False,
                 )  # fmt: skip

@@ -9,6 +9,7 @@ Shared memory (K = 128): q and k 32, N and P 16, the solve 24, vectors 3: 75 KB;
 import tilelang.language as T
 
 from qlakernels.gated_delta_rule.hopper.chunk import (
+    BLOCKS_OF_8,
     clear_solve,
     cut,
     load_gates,
@@ -73,7 +74,7 @@ def prepare_kernel(key_dim, dtype, l2norm, gate, sigmoid, raw_dtype, beta_dtype,
             vec = T.alloc_shared((1, VECTORS, C), "float32")
             A_s = T.alloc_shared((1, C, C + 8), "float16")
             Mt_s = T.alloc_shared((1, C // 2, C // 2 + 8), "float16")
-            block_s = T.alloc_shared((C // 8 + 1, 8, 12), "float32")
+            block_s = T.alloc_shared((BLOCKS_OF_8 + 1, 8, 12), "float32")
             a, b, c_ = (T.alloc_local((8,), "float16") for _ in range(3))
             out, column = T.alloc_local((16,), "float32"), T.alloc_local((8,), "float32")
             diagonal = T.alloc_local((2,), "float32")
@@ -110,10 +111,10 @@ def prepare_kernel(key_dim, dtype, l2norm, gate, sigmoid, raw_dtype, beta_dtype,
                     slot = place[BASE] + c
                     if thread < 128:
                         if step == 0:
-                            clear_solve(thread, 7, N_s, A_s, 1, block_s, diagonal)
+                            clear_solve(thread, 128, N_s, 1, A_s, 1, block_s, 1, diagonal)
                         wait(k_full, 0, parity)
                         make_N(
-                            thread, 7, vec, 0, k_s, N_s, 0, A_s, Mt_s, block_s, a_, b_, a, b, c_, out, column, diagonal,
+                            thread, 0, 1, vec, 0, k_s, N_s, 0, A_s, 0, Mt_s, block_s, a_, b_, a, b, c_, out, column, diagonal,
                             gates_full, parity, key_full, free, 1, K, dtype, l2norm, reverse, None, 0, group, False,
                         )  # fmt: skip
                         T.sync_threads(7, 128)

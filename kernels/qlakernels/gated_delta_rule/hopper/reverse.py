@@ -19,7 +19,9 @@ import tilelang.language as T
 from tilelang.layout import make_full_bank_swizzled_layout
 
 from qlakernels.gated_delta_rule.hopper.chunk import (
+    AUXILIARIES,
     BAR,
+    BLOCKS_OF_8,
     FAR,
     FROM_P,
     GAMMA,
@@ -56,7 +58,7 @@ from qlakernels.gated_delta_rule.hopper.common import (
 from qlakernels.gated_delta_rule.hopper.sizes import CHUNK, PIECE, VECTORS
 
 # as in `forward`
-REGISTERS = {1: (216, 168, 120), 2: (184, 104, 40)}
+REGISTERS = {1: (216, 104, 88), 2: (184, 104, 40)}
 
 
 def reverse_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_dtype, beta_dtype):
@@ -65,7 +67,8 @@ def reverse_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
     K, V = key_dim, value_dim
     folded = folds_decay(dtype)
     consumers = 2 * part
-    base = consumers + 128  # the producer's first thread
+    auxiliaries = AUXILIARIES[part // 64]
+    base = consumers + 128 * auxiliaries  # the producer's first thread
     threads = base + 128
     registers, auxiliary_registers, producer_registers = REGISTERS[part // 64]
     rows_first = T.GemmWarpPolicy.FullRow
@@ -118,9 +121,9 @@ def reverse_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
             dv_s = T.alloc_shared((C, part), dtype)
             dS_s = T.alloc_shared((part, K), dtype)
             vec = T.alloc_shared((STAGES, VECTORS, C), "float32")
-            A_s = T.alloc_shared((PLACES, C, C + 8), "float16")
-            Mt_s = T.alloc_shared((1, C // 2, C // 2 + 8), "float16")
-            block_s = T.alloc_shared((C // 8 + 1, 8, 12), "float32")
+            A_s = T.alloc_shared((2 * auxiliaries, C, C + 8), "float16")
+            Mt_s = T.alloc_shared((auxiliaries, C // 2, C // 2 + 8), "float16")
+            block_s = T.alloc_shared((auxiliaries * BLOCKS_OF_8 + 1, 8, 12), "float32")
 
             dS = T.alloc_fragment((part, K), "float32")
             dS_r = T.alloc_fragment((part, K), dtype)
@@ -271,7 +274,7 @@ def reverse_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
             elif thread < base:
                 T.set_max_nreg(auxiliary_registers, 0)
                 serve_keys(
-                    thread - consumers, 7, k_s, vec, N_s, A_s, Mt_s, block_s, a_, b_, a, b, c_, out, column, diagonal,
+                    thread - consumers, auxiliaries, k_s, vec, N_s, A_s, Mt_s, block_s, a_, b_, a, b, c_, out, column, diagonal,
                     k_full, gates_full, key_full, made_full, made_empty, chunks, K, dtype, l2norm, True, norms, slot,
                     group, p == 0 and head % ratio == 0,
                 )  # fmt: skip
