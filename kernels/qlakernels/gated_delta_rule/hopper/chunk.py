@@ -13,11 +13,11 @@ N is strictly lower triangular and regular at β = 0; what it is added to keeps 
     A_IJ     for the pairs (1, 0) and (3, 2): A_IJ = A_II (−M_IJ) A_JJ
     A_IJ     for I in {2, 3}, J in {0, 1}: the same with the blocks of 32 that are known by now
 
-in tensor-core products of 16×16 blocks. Their operands are rounded to float16: entries of A stay within 2 for unit keys
-and β ≤ 2, and bfloat16 would double the error where keys repeat.
+in tensor-core products of 16×16 blocks, as M is made too. Their operands are rounded to float16: entries of A stay
+within 2 for unit keys and β ≤ 2, and bfloat16 would double the error where keys repeat.
 
-One warp runs `make_gates`, two `make_query_vectors`, a warpgroup `make_key_vectors` and `make_N`, all ahead of the
-state; the consumers of the scans make P beside their products.
+One warp runs `make_gates`, two `make_query_vectors`, one warpgroup or two in turns `make_N`, all ahead of the state; the
+consumers of the scans make P beside their products.
 """
 
 import tilelang.language as T
@@ -47,7 +47,7 @@ AUXILIARIES = {1: 2, 2: 1}  # warpgroups of a scan that make N, by the number of
 LOG2, BETA, GAMMA, RHO = range(4)  # of the gates
 ROW_P, OUTPUT = 4, 5  # of the queries
 LEFT_L, RIGHT_L, RIGHT_P, BAR, STATE_KAPPA, INTO_STATE = range(6, VECTORS)  # of the keys
-FROM_P = RIGHT_P  # in reverse
+FROM_P = RIGHT_P  # in reverse: what both terms of D are multiplied by, of which STATE_KAPPA has the first before
 LEAST_DECAY = -104.0  # its exponential is 0 in float32; sums over a chunk keep the digits of the others
 FAR = 80.0  # powers of two: decay over a chunk up to which it can be taken out of Γ
 ABBREVIATION = {"bfloat16": "bf16", "float16": "fp16"}
@@ -61,177 +61,6 @@ def softplus(y):
 def sigmoid_of(x, factor):
     """factor σ(x)"""
     return factor / (1.0 + T.exp(-x))
-
-
-@T.macro
-def load_gates(loaded_g, loaded_beta, g, beta, first, size, head, lane):
-    """loaded_g, loaded_beta [2], as they are stored ← those of tokens `lane` and `lane` + 32 of the chunk at token
-    `first`, which has `size` tokens, one at least; of its last one, where there is none.
-
-    Called a chunk ahead: the loads are on their way while the chunk before is worked on. Without a branch, or one would
-    wait for the other, and without a cast, which would wait at once: as columns of a wide projection they lie in 128
-    rows, and together took longer than a chunk.
-    """
-    for half in T.unroll(2):
-        token = T.min(half * 32 + lane, size - 1)
-        loaded_g[half] = g[first + token, head]
-        loaded_beta[half] = beta[first + token, head]
-
-
-@T.macro
-def make_gates(
-    vec, stage, lane, loaded_g, loaded_beta, x, rate, bias, size, beta_factor, gate, sigmoid, gates, slot, head, write
-):
-    """vec[stage]'s vectors of the gates ← of what `load_gates` has loaded, `size` tokens; by a warp, two tokens a lane,
-    one after the other: the loop is rolled, as code is what the scans wait for.
-
-    rate, bias: −exp(A_log) and dt_bias of the head. x: a local float32 [3]. `write`: gates[slot, head] ← Σg and β too.
-    """
-    sum_before = T.alloc_var("float32", init=0.0)
-    for half in T.unroll(2, unroll_factor=1):
-        token = half * 32 + lane
-        x[0] = T.Select(half == 0, T.cast(loaded_g[0], "float32"), T.cast(loaded_g[1], "float32"))
-        x[1] = T.Select(half == 0, T.cast(loaded_beta[0], "float32"), T.cast(loaded_beta[1], "float32"))
-        if gate:
-            y = x[0] + bias
-            x[0] = rate * softplus(y)
-        if sigmoid:
-            x[1] = sigmoid_of(x[1], beta_factor)
-        x[0] = T.Select(token < size, T.max(x[0], LEAST_DECAY), T.float32(0.0))
-        x[1] = T.Select(token < size, x[1], T.float32(0.0))
-        for step in T.unroll(5):
-            x[2] = T.shfl_up(x[0], 1 << step)
-            if lane >= 1 << step:
-                x[0] += x[2]
-        x[0] += sum_before
-        sum_before = T.shfl_sync(x[0], 31)
-        vec[stage, LOG2, token] = x[0] * LOG2E
-        vec[stage, BETA, token] = x[1]
-        vec[stage, GAMMA, token] = exp2(x[0] * LOG2E)
-        if write:
-            gates[slot, head, 0, token] = x[0]
-            gates[slot, head, 1, token] = x[1]
-    for half in T.unroll(2):
-        token = half * 32 + lane
-        vec[stage, RHO, token] = exp2(sum_before * LOG2E - vec[stage, LOG2, token])
-
-
-@T.macro
-def square_rows(vec, stage, q_s, q_stage, top, lane, a, b, sums, key_dim, dtype):
-    """vec[stage, ROW_P, top : top + 16] ← the sums of squares of 16 rows of q_s[q_stage], by a warp.
-
-    They are the diagonal of a product: columns 0 to 7 of its upper half, 8 to 15 of its lower one.
-    """
-    for x in T.unroll(8):
-        sums[x] = 0.0
-    for step in T.unroll(key_dim // BLOCK, unroll_factor=2):
-        T.ptx_ldmatrix(
-            T.bool(False),
-            4,
-            T.access_ptr(q_s[q_stage, top + lane % 16, step * BLOCK + lane // 16 * 8], "r", extent=8),
-            T.access_ptr(a[0], "w", extent=8),
-        )
-        for x in T.unroll(8):  # the same rows as columns: [0 1 4 5] and [2 3 6 7]
-            b[x] = a[x // 4 * 2 + x % 4 // 2 * 4 + x % 2]
-        for half in T.unroll(2):
-            T.ptx_mma(
-                "float32", "m16n8k16", "row", "col", ABBREVIATION[dtype], ABBREVIATION[dtype], "fp32",
-                a.data, 0, b.data, half * 4, sums.data, half * 4, T.bool(False),
-            )  # fmt: skip
-    for e in T.unroll(2):
-        if lane // 4 == lane % 4 * 2 + e:
-            vec[stage, ROW_P, top + lane // 4] = sums[e]
-            vec[stage, ROW_P, top + 8 + lane // 4] = sums[6 + e]
-
-
-@T.macro
-def make_query_vectors(
-    vec, stage, i, q_s, q_stage, gates_full, parity, scale, a, b, sums, key_dim, dtype, l2norm, fold, norms, slot,
-    group, write,
-):  # fmt: skip
-    """vec[stage]'s vectors of the queries, by two warps, i the thread's token. `fold`: P takes the decay of rows.
-
-    Waits for the gates after q itself. `write`: norms[slot, group, 0] ← χ as well.
-    """
-    lane = i % 32
-    chi = T.alloc_var("float32", init=1.0)
-    if l2norm:
-        for half in T.serial(2):
-            square_rows(vec, stage, q_s, q_stage, i // 32 * 32 + half * BLOCK, lane, a, b, sums, key_dim, dtype)
-        T.sync_warp()
-        chi = T.rsqrt(vec[stage, ROW_P, i] + L2_EPS)
-        T.sync_warp()
-    if write:
-        norms[slot, group, 0, i] = chi
-    wait(gates_full, stage, parity)
-    vec[stage, OUTPUT, i] = scale * chi * vec[stage, GAMMA, i]
-    whole = vec[stage, LOG2, CHUNK - 1]
-    if fold and whole > -FAR:
-        # (κβ/ω)_j is 1/ρ_j: what is left of Γ depends on the row alone, but for decay that bfloat16 cannot hold
-        vec[stage, ROW_P, i] = scale * chi * exp2(vec[stage, LOG2, i] - whole)
-    else:
-        vec[stage, ROW_P, i] = scale * chi
-
-
-@T.macro
-def make_key_vectors(i, vec, stage, dtype, l2norm, reverse, norms, slot, group, write):
-    """vec[stage]'s vectors of the keys, by a thread a token i; vec[stage, STATE_KAPPA] holds the squares of their lengths.
-
-    `reverse`: as the reverse scan needs them. `write`: norms[slot, group, 1] ← κ as well.
-    """
-    kappa = T.alloc_var("float32", init=1.0)
-    if l2norm:
-        kappa = T.rsqrt(vec[stage, STATE_KAPPA, i] + L2_EPS)
-    if write:
-        norms[slot, group, 1, i] = kappa
-    beta = vec[stage, BETA, i]
-    log2_kappa = log2(kappa)
-    if reverse:
-        vec[stage, LEFT_L, i] = vec[stage, LOG2, i] + log2(kappa * beta)
-        vec[stage, RIGHT_L, i] = vec[stage, LOG2, i] - log2_kappa
-        bar = T.max(beta, BETA_MIN[dtype])
-        vec[stage, BAR, i] = bar
-        vec[stage, INTO_STATE, i] = -vec[stage, GAMMA, i] * kappa * (beta / bar)
-        if folds_decay(dtype) and vec[stage, LOG2, CHUNK - 1] > -FAR:
-            vec[stage, STATE_KAPPA, i] = vec[stage, GAMMA, CHUNK - 1]
-            vec[stage, FROM_P, i] = kappa * exp2(-vec[stage, LOG2, i])
-        else:
-            vec[stage, STATE_KAPPA, i] = vec[stage, RHO, i] * kappa
-            vec[stage, FROM_P, i] = 1.0
-    else:
-        vec[stage, LEFT_L, i] = vec[stage, LOG2, i] + log2_kappa
-        vec[stage, RIGHT_L, i] = vec[stage, LOG2, i] - log2(kappa * beta)
-        omega = T.alloc_var("float32")
-        omega = weight_of_W(beta, vec[stage, RHO, i], kappa, dtype)
-        vec[stage, BAR, i] = omega
-        vec[stage, STATE_KAPPA, i] = vec[stage, GAMMA, i] * kappa
-        vec[stage, INTO_STATE, i] = vec[stage, RHO, i] * (kappa * beta / omega)
-        vec[stage, RIGHT_P, i] = vec[stage, LOG2, i] - log2(kappa * beta / omega)
-
-
-@T.macro
-def weigh(matrix, vec, stage, left, right):
-    """matrix_ij [C, C] ← 2^(left_i − right_j) matrix_ij, rows of vec; above the diagonal it may become infinite."""
-    for i, j in T.Parallel(CHUNK, CHUNK):
-        matrix[i, j] *= exp2(vec[stage, left, i] - vec[stage, right, j])
-
-
-@T.macro
-def weigh_P(matrix, vec, stage, folded):
-    """P of the reverse scan but for its cut ← `matrix` = Q Kᵀ. `folded`: its weights are in what it is multiplied by and
-    in what the product is multiplied by, but for decay that cannot be taken apart."""
-    if not folded or vec[stage, LOG2, CHUNK - 1] <= -FAR:
-        for i, j in T.Parallel(CHUNK, CHUNK):
-            matrix[i, j] *= vec[stage, ROW_P, i]
-        weigh(matrix, vec, stage, LOG2, RIGHT_L)
-
-
-@T.macro
-def cut(matrix, registers, strict):
-    """matrix_ij [C, C] ← 0 for i < j (i ≤ j if strict). The fence keeps what was computed from becoming a branch."""
-    T.warpgroup_fence_operand(matrix, num_regs=registers)
-    for i, j in T.Parallel(CHUNK, CHUNK):
-        matrix[i, j] = T.Select(i > j if strict else i >= j, matrix[i, j], T.float32(0.0))
 
 
 def address_of(element):
@@ -278,11 +107,11 @@ def load_transposed(block, source, place, row, column, lane):
 
 
 @T.macro
-def multiply(out, tile, left, right):
+def multiply(out, tile, left, right, dtype):
     """out[4 tile : 4 tile + 8] += left right, blocks of 16×16 in the registers of a warp."""
     for half in T.unroll(2):
         T.ptx_mma(
-            "float32", "m16n8k16", "row", "col", "fp16", "fp16", "fp32",
+            "float32", "m16n8k16", "row", "col", ABBREVIATION[dtype], ABBREVIATION[dtype], "fp32",
             left.data, 0, right.data, half * 4, out.data, (tile + half) * 4, T.bool(False),
         )  # fmt: skip
 
@@ -297,9 +126,176 @@ def multiply_half(out, left, right):
 
 
 @T.macro
+def clear(out, count):
+    for x in T.unroll(count):
+        out[x] = 0.0
+
+
+@T.macro
+def load_gates(loaded_g, loaded_beta, g, beta, first, size, head, lane):
+    """loaded_g, loaded_beta [2], as they are stored ← those of tokens `lane` and `lane` + 32 of the chunk at token
+    `first`, which has `size` tokens, one at least; of its last one, where there is none.
+
+    Called a chunk ahead: the loads are on their way while the chunk before is worked on. Without a branch, or one would
+    wait for the other, and without a cast, which would wait at once: as columns of a wide projection they lie in 128
+    rows, and together took longer than a chunk.
+    """
+    for half in T.unroll(2):
+        token = T.min(half * 32 + lane, size - 1)
+        loaded_g[half] = g[first + token, head]
+        loaded_beta[half] = beta[first + token, head]
+
+
+@T.macro
+def make_gates(
+    vec, stage, lane, loaded_g, loaded_beta, x, rate, bias, size, beta_factor, gate, sigmoid, gates, slot, head, write
+):
+    """vec[stage]'s vectors of the gates ← what is made of those that `load_gates` has loaded, `size` tokens; by a warp,
+    two tokens a lane, one after the other in a loop that is not unrolled, as in `make_N`.
+
+    rate, bias: −exp(A_log) and dt_bias of the head. x: a local float32 [3]. `write`: gates[slot, head] ← Σg and β too.
+    """
+    sum_before = T.alloc_var("float32", init=0.0)
+    for half in T.unroll(2, unroll_factor=1):
+        token = half * 32 + lane
+        x[0] = T.Select(half == 0, T.cast(loaded_g[0], "float32"), T.cast(loaded_g[1], "float32"))
+        x[1] = T.Select(half == 0, T.cast(loaded_beta[0], "float32"), T.cast(loaded_beta[1], "float32"))
+        if gate:
+            y = x[0] + bias
+            x[0] = rate * softplus(y)
+        if sigmoid:
+            x[1] = sigmoid_of(x[1], beta_factor)
+        x[0] = T.Select(token < size, T.max(x[0], LEAST_DECAY), T.float32(0.0))
+        x[1] = T.Select(token < size, x[1], T.float32(0.0))
+        for step in T.unroll(5):
+            x[2] = T.shfl_up(x[0], 1 << step)
+            if lane >= 1 << step:
+                x[0] += x[2]
+        x[0] += sum_before
+        sum_before = T.shfl_sync(x[0], 31)
+        vec[stage, LOG2, token] = x[0] * LOG2E
+        vec[stage, BETA, token] = x[1]
+        vec[stage, GAMMA, token] = exp2(x[0] * LOG2E)
+        if write:
+            gates[slot, head, 0, token] = x[0]
+            gates[slot, head, 1, token] = x[1]
+    for half in T.unroll(2):
+        token = half * 32 + lane
+        vec[stage, RHO, token] = exp2(sum_before * LOG2E - vec[stage, LOG2, token])
+
+
+@T.macro
+def square_rows(vec, stage, q_s, q_stage, top, lane, a, b, sums, key_dim, dtype):
+    """vec[stage, ROW_P, top : top + 16] ← the sums of squares of 16 rows of q_s[q_stage], by a warp.
+
+    They are the diagonal of a product: columns 0 to 7 of its upper half, 8 to 15 of its lower one.
+    """
+    clear(sums, 8)
+    for step in T.unroll(key_dim // BLOCK, unroll_factor=2):
+        load_left(a, q_s, q_stage, top, step * BLOCK, lane)
+        for x in T.unroll(8):  # the same rows as columns: [0 1 4 5] and [2 3 6 7]
+            b[x] = a[x // 4 * 2 + x % 4 // 2 * 4 + x % 2]
+        multiply(sums, 0, a, b, dtype)
+    for e in T.unroll(2):
+        if lane // 4 == lane % 4 * 2 + e:
+            vec[stage, ROW_P, top + lane // 4] = sums[e]
+            vec[stage, ROW_P, top + 8 + lane // 4] = sums[6 + e]
+
+
+@T.macro
+def make_query_vectors(
+    vec, stage, i, q_s, q_stage, gates_full, parity, scale, a, b, sums, key_dim, dtype, l2norm, fold, norms, slot,
+    group, write,
+):  # fmt: skip
+    """vec[stage]'s vectors of the queries, by two warps, i the thread's token. `fold`: P takes the decay of rows.
+
+    Waits for the gates after q itself. `write`: norms[slot, group, 0] ← χ as well.
+    """
+    lane = i % 32
+    chi = T.alloc_var("float32", init=1.0)
+    if l2norm:
+        for half in T.serial(2):
+            square_rows(vec, stage, q_s, q_stage, i // 32 * 32 + half * BLOCK, lane, a, b, sums, key_dim, dtype)
+        T.sync_warp()
+        chi = T.rsqrt(vec[stage, ROW_P, i] + L2_EPS)
+        T.sync_warp()
+    if write:
+        norms[slot, group, 0, i] = chi
+    wait(gates_full, stage, parity)
+    vec[stage, OUTPUT, i] = scale * chi * vec[stage, GAMMA, i]
+    whole = vec[stage, LOG2, CHUNK - 1]
+    if fold and whole > -FAR:
+        # (κβ/ω)_j is 1/ρ_j: what is left of Γ depends on the row alone, but for decay that bfloat16 cannot hold
+        vec[stage, ROW_P, i] = scale * chi * exp2(vec[stage, LOG2, i] - whole)
+    else:
+        vec[stage, ROW_P, i] = scale * chi
+
+
+@T.macro
+def make_key_vectors(i, vec, stage, dtype, l2norm, reverse, norms, slot, group, write):
+    """vec[stage]'s vectors of the keys, a thread a token i; vec[stage, STATE_KAPPA] holds the squares of their lengths.
+
+    `reverse`: as the reverse scan needs them. `write`: norms[slot, group, 1] ← κ as well.
+    """
+    kappa = T.alloc_var("float32", init=1.0)
+    if l2norm:
+        kappa = T.rsqrt(vec[stage, STATE_KAPPA, i] + L2_EPS)
+    if write:
+        norms[slot, group, 1, i] = kappa
+    beta = vec[stage, BETA, i]
+    log2_kappa = log2(kappa)
+    if reverse:
+        vec[stage, LEFT_L, i] = vec[stage, LOG2, i] + log2(kappa * beta)
+        vec[stage, RIGHT_L, i] = vec[stage, LOG2, i] - log2_kappa
+        bar = T.max(beta, BETA_MIN[dtype])
+        vec[stage, BAR, i] = bar
+        vec[stage, INTO_STATE, i] = -vec[stage, GAMMA, i] * kappa * (beta / bar)
+        if folds_decay(dtype) and vec[stage, LOG2, CHUNK - 1] > -FAR:
+            vec[stage, STATE_KAPPA, i] = vec[stage, GAMMA, CHUNK - 1]
+            vec[stage, FROM_P, i] = kappa * exp2(-vec[stage, LOG2, i])
+        else:
+            vec[stage, STATE_KAPPA, i] = vec[stage, RHO, i] * kappa
+            vec[stage, FROM_P, i] = 1.0
+    else:
+        vec[stage, LEFT_L, i] = vec[stage, LOG2, i] + log2_kappa
+        vec[stage, RIGHT_L, i] = vec[stage, LOG2, i] - log2(kappa * beta)
+        omega = T.alloc_var("float32")
+        omega = weight_of_W(beta, vec[stage, RHO, i], kappa, dtype)
+        vec[stage, BAR, i] = omega
+        vec[stage, STATE_KAPPA, i] = vec[stage, GAMMA, i] * kappa
+        vec[stage, INTO_STATE, i] = vec[stage, RHO, i] * (kappa * beta / omega)
+        vec[stage, RIGHT_P, i] = vec[stage, LOG2, i] - log2(kappa * beta / omega)
+
+
+@T.macro
+def weigh(matrix, vec, stage, left, right):
+    """matrix_ij [C, C] ← 2^(left_i − right_j) matrix_ij, rows of vec; above the diagonal it may become infinite."""
+    for i, j in T.Parallel(CHUNK, CHUNK):
+        matrix[i, j] *= exp2(vec[stage, left, i] - vec[stage, right, j])
+
+
+@T.macro
+def weigh_P(matrix, vec, stage, folded):
+    """P of the reverse scan but for its cut ← `matrix` = Q Kᵀ. `folded`: its weights are in what it is multiplied by
+    and in FROM_P, but for decay that cannot be taken apart."""
+    if not folded or vec[stage, LOG2, CHUNK - 1] <= -FAR:
+        for i, j in T.Parallel(CHUNK, CHUNK):
+            matrix[i, j] *= vec[stage, ROW_P, i]
+        weigh(matrix, vec, stage, LOG2, RIGHT_L)
+
+
+@T.macro
+def cut(matrix, registers, strict):
+    """matrix_ij [C, C] ← 0 for i < j (i ≤ j if strict). The fence keeps what was computed from becoming a branch."""
+    T.warpgroup_fence_operand(matrix, num_regs=registers)
+    for i, j in T.Parallel(CHUNK, CHUNK):
+        matrix[i, j] = T.Select(i > j if strict else i >= j, matrix[i, j], T.float32(0.0))
+
+
+@T.macro
 def clear_solve(t, threads, N_s, places, A_s, halves, block_s, auxiliaries, diagonal):
-    """Before the first chunk, by the warpgroups that make N, for `make_N`: what is on and above the diagonal stays as it
-    is. Behind the blocks that are solved by rows stands the identity, from which their columns start."""
+    """Before the first chunk, by the warpgroups that make N, for `make_N`: what is on and above the diagonal stays as
+    it is. Behind the blocks that are solved by rows stands the identity, from which their columns start."""
     for place in T.unroll(places):
         for i, j in T.Parallel(CHUNK, CHUNK):
             N_s[place, i, j] = 0.0
@@ -333,12 +329,6 @@ def as_right(block, out):
 
 
 @T.macro
-def clear(out, count):
-    for x in T.unroll(count):
-        out[x] = 0.0
-
-
-@T.macro
 def store_block(target, place, out, tile, row, column, lane):
     """target[place] ← two tiles of `out`."""
     for pair in T.unroll(4):
@@ -350,11 +340,12 @@ def store_block(target, place, out, tile, row, column, lane):
 
 @T.macro
 def multiply_keys(out, k_s, stage, row, column, lane, a, b, key_dim, dtype):
-    """out[0 : 8] ← the 16×16 block of K Kᵀ at (row, column), by a warp. Of out [16] the rest is a second sum, as a chain
-    of products takes its time."""
+    """out[0 : 8] ← the 16×16 block of K Kᵀ at (row, column), by a warp. Of out [16] the rest is a second sum, as a
+    chain of products takes its time."""
     clear(out, 16)
-    tile = 64 if key_dim % 64 == 0 else 32  # columns of a tile of `state_layout`, in which pieces of 16 bytes are swapped:
-    # with steps of two pieces, an address is that of the first with a bit or two turned over
+    # In the layout of k_s pieces of 16 bytes change places in tiles of so many columns: two pieces on, an address is
+    # that of the first with one or two bits turned over.
+    tile = 64 if key_dim % 64 == 0 else 32
     from_left = T.alloc_var("uint32")
     from_right = T.alloc_var("uint32")
     from_left = address_of(k_s[stage, row + lane % 16, lane // 16 * 8])
@@ -364,19 +355,15 @@ def multiply_keys(out, k_s, stage, row, column, lane, a, b, key_dim, dtype):
         beyond = step // (tile // BLOCK) * CHUNK * tile * 2
         load_matrices(a, (from_left ^ T.uint32(turned)) + T.uint32(beyond))
         load_matrices(b, (from_right ^ T.uint32(turned)) + T.uint32(beyond))
-        for half in T.unroll(2):
-            T.ptx_mma(
-                "float32", "m16n8k16", "row", "col", ABBREVIATION[dtype], ABBREVIATION[dtype], "fp32",
-                a.data, 0, b.data, half * 4, out.data, step % 2 * 8 + half * 4, T.bool(False),
-            )  # fmt: skip
+        multiply(out, step % 2 * 2, a, b, dtype)
     for x in T.unroll(8):
         out[x] += out[8 + x]
 
 
 @T.macro
 def solve_rows(warp, lane, A_s, half, block_s, which, identity, column):
-    """A_s[half] ← the two blocks of 8 of warp I on the diagonal of A, from −M in block_s; 16 lanes have a column each, and
-    take what is known of it to the rows below."""
+    """A_s[half] ← the two blocks of 8 of warp I on the diagonal of A, from −M in block_s; 16 lanes have a column each,
+    and take what is known of it to the rows below."""
     lower = lane // 8 % 2
     eight = warp * BLOCK + lower * 8
     if lane < BLOCK:
@@ -392,20 +379,21 @@ def solve_rows(warp, lane, A_s, half, block_s, which, identity, column):
 
 @T.macro
 def make_N(
-    t, which, auxiliaries, vec, stage, k_s, N_s, place, A_s, half, Mt_s, block_s, a_, b_, a, b, c, out, column, diagonal,
-    gates_full, parity, key_full, free, free_parity, key_dim, dtype, l2norm, reverse, norms, slot, group, write,
+    t, which, auxiliaries, vec, stage, k_s, N_s, place, A_s, half, Mt_s, block_s, a_, b_, a, b, c, out, column,
+    diagonal, gates_full, parity, key_full, free, free_parity, key_dim, dtype, l2norm, reverse, norms, slot, group,
+    write,
 ):  # fmt: skip
-    """N_s[place] ← the chunk's N, and vec[stage]'s vectors of the keys, before. Run by a warpgroup, whose threads are t = 0
-    to 127; arrives at `key_full`.
+    """N_s[place] ← the chunk's N, and vec[stage]'s vectors of the keys, before. Run by a warpgroup, whose threads are
+    t = 0 to 127; arrives at `key_full`.
 
-    `which` of the `auxiliaries` that make N in turns this is; it has A_s[half] to itself for this chunk and the next of its
-    own, Mt_s[which], its part of block_s, and a named barrier. `free`, `free_parity`: the barriers behind which a place
-    may be written. `diagonal` [2]: the identity at rows lane // 4 and columns lane % 4 · 2 and the next.
+    `which` of the `auxiliaries` that make N in turns this is: it has Mt_s[which], a part of block_s and a named barrier
+    to itself, and A_s[half] until its next chunk but one. `free`, `free_parity`: the barriers behind which a place may
+    be written. `diagonal` [2]: the identity at rows lane // 4 and columns lane % 4 · 2 and the next.
 
-    What is made of a block of M, transposed, as K Kᵀ comes from the tensor cores, is done in a loop that is not unrolled:
-    all of this is short code rather than quick code. First by each warp with its block of the diagonal; then the odd
-    warps make their A_IJ, the even ones two blocks of M each, of which the odd ones then make the rest. Above the
-    diagonal M is without meaning, perhaps infinite, and nowhere used.
+    A block of M, transposed, is made of one of K Kᵀ as it comes from the tensor cores, in a loop that is not unrolled:
+    the scans wait for code more than for its latency. First each warp makes that on the diagonal and solves it; then
+    the odd warps make their A_IJ, the even ones two blocks of M each, of which the odd ones make the rest. On and above
+    the diagonal M is without meaning, perhaps infinite, and nowhere used.
     """
     warp = t // 32
     lane = t % 32
@@ -463,11 +451,11 @@ def make_N(
             elif warp % 2 == 1:
                 as_right(b, out)
                 clear(out, 8)
-                multiply(out, 0, a, b)
+                multiply(out, 0, a, b, "float16")
                 as_left(c, out, 0)
                 load_right(b, A_s, half, left, left, lane)
                 clear(out, 8)
-                multiply(out, 0, c, b)
+                multiply(out, 0, c, b, "float16")
                 store_block(A_s, half, out, 0, own, left, lane)
                 store_block(N_s, place, out, 0, own, left, lane)
             else:
@@ -481,16 +469,16 @@ def make_N(
                 load_left(a, A_s, half, row, (2 + step) * BLOCK, lane)
                 for J in T.unroll(2):
                     load_transposed(b, Mt_s, which, J * BLOCK, step * BLOCK, lane)
-                    multiply(out, J * 2, a, b)
+                    multiply(out, J * 2, a, b, "float16")
         as_left(a, out, 0)
         as_left(b, out, 2)
         clear(out, 16)
         load_right(c, A_s, half, 0, 0, lane)
-        multiply(out, 0, a, c)
+        multiply(out, 0, a, c, "float16")
         load_right(c, A_s, half, BLOCK, 0, lane)
-        multiply(out, 0, b, c)
+        multiply(out, 0, b, c, "float16")
         load_right(c, A_s, half, BLOCK, BLOCK, lane)
-        multiply(out, 2, b, c)
+        multiply(out, 2, b, c, "float16")
         for J in T.unroll(2):
             store_block(N_s, place, out, J * 2, row, J * BLOCK, lane)
     release_tiles()
@@ -546,8 +534,8 @@ def serve_queries(
 
 @T.macro
 def serve_keys(
-    t, auxiliaries, k_s, vec, N_s, A_s, Mt_s, block_s, a_, b_, a, b, c, out, column, diagonal, k_full, gates_full, key_full,
-    made_full, made_empty, chunks, key_dim, dtype, l2norm, reverse, norms, slot, group, write,
+    t, auxiliaries, k_s, vec, N_s, A_s, Mt_s, block_s, a_, b_, a, b, c, out, column, diagonal, k_full, gates_full,
+    key_full, made_full, made_empty, chunks, key_dim, dtype, l2norm, reverse, norms, slot, group, write,
 ):  # fmt: skip
     """The role of a scan's warpgroups that make the vectors of the keys and N, in turns; their threads are t = 0 and
     onwards. `write`, if `reverse`: norms as well."""
@@ -558,8 +546,8 @@ def serve_keys(
         stage = step % STAGES
         wait(k_full, stage, step // STAGES % 2)
         make_N(
-            t % 128, which, auxiliaries, vec, stage, k_s, N_s, step % PLACES, A_s, step % (2 * auxiliaries), Mt_s, block_s,
-            a_, b_, a, b, c, out, column, diagonal, gates_full, step // STAGES % 2, key_full, made_empty,
+            t % 128, which, auxiliaries, vec, stage, k_s, N_s, step % PLACES, A_s, step % (2 * auxiliaries), Mt_s,
+            block_s, a_, b_, a, b, c, out, column, diagonal, gates_full, step // STAGES % 2, key_full, made_empty,
             (step // PLACES + 1) % 2, key_dim, dtype, l2norm, reverse, norms, slot + chunks - 1 - step, group, write,
         )  # fmt: skip
         arrive(made_full, step % PLACES)

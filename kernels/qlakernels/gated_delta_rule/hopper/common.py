@@ -38,7 +38,9 @@ PRELUDE = """
 #include <cuda_bf16.h>
 __device__ __forceinline__ void fence_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 __device__ __forceinline__ void fence_global() { asm volatile("fence.proxy.async;" ::: "memory"); }
-__device__ __forceinline__ void sync_warpgroup(int barrier) { asm volatile("bar.sync %0, 128;" ::"r"(barrier) : "memory"); }
+__device__ __forceinline__ void sync_warpgroup(int barrier) {
+  asm volatile("bar.sync %0, 128;" ::"r"(barrier) : "memory");
+}
 __device__ __forceinline__ void hold_memory() { asm volatile("" ::: "memory"); }
 __device__ __forceinline__ void copy_or_clear(void* shared, const void* global, int bytes) {
   unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(shared));

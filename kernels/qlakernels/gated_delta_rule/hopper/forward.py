@@ -14,14 +14,16 @@ Everything is held transposed, [V, C] and [V, K], so that the state and what is 
 registers. A block takes `part` rows of V, 64 to each of its one or two consumer warpgroups, which need nothing of each
 other. Its other warpgroups:
 
-    auxiliary    makes N and P of the next chunk while the consumers work on this one
-    producer     one warp brings tiles (TMA), two make the chunk's vectors
+    auxiliary    makes N of the next chunk, and the vectors of its keys, while the consumers work on this one; beside
+                 one consumer there are two, which take turns, as one of them takes longer than the consumer
+    producer     one warp brings tiles (TMA), three make the other vectors
 
 k, q and the vectors have three stages: one being loaded, one with the auxiliary, one with the consumers. N and P have
 two. v has one, which is free again early in the chunk.
 
 Registers of a consumer: S 64, its rounded copy 32, X 32, O 32, v 16: 184 of what two consumers leave, see REGISTERS.
-Shared memory (K = V = 128): q and k 96, v 16, N and P 32, O and W 32, the solve 24, vectors 9: 209 KB.
+Shared memory (K = V = 128): q and k 80, v 16, N and P 32, O and W 32, S 32, the solve 24, vectors 9: 225 KB. With one
+consumer v, O, W and S are half of that, and the solve is 47.
 """
 
 import tilelang.language as T
@@ -67,7 +69,7 @@ from qlakernels.gated_delta_rule.hopper.common import (
 )
 from qlakernels.gated_delta_rule.hopper.sizes import CHUNK, STATE_STRIDE, VECTORS
 
-# consumers → registers of a thread of theirs, of the auxiliary, of the producer
+# consumers → registers of a thread of theirs, of an auxiliary, of the producer
 REGISTERS = {1: (216, 104, 88), 2: (192, 96, 32)}
 
 
@@ -301,9 +303,9 @@ def forward_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
             elif thread < base:
                 T.set_max_nreg(auxiliary_registers, 0)
                 serve_keys(
-                    thread - consumers, auxiliaries, k_s, vec, N_s, A_s, Mt_s, block_s, a_, b_, a, b, c_, out, column, diagonal,
-                    k_full, gates_full, key_full, made_full, made_empty, chunks, K, dtype, l2norm, False, None, 0,
-                    group, False,
+                    thread - consumers, auxiliaries, k_s, vec, N_s, A_s, Mt_s, block_s, a_, b_, a, b, c_, out, column,
+                    diagonal, k_full, gates_full, key_full, made_full, made_empty, chunks, K, dtype, l2norm, False,
+                    None, 0, group, False,
                 )  # fmt: skip
             else:
                 T.set_max_nreg(producer_registers, 0)
@@ -341,8 +343,8 @@ def forward_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
                                             (block * 32 + thread % 32) % (K // 8) * 8 + x,
                                         ] = 0
                     serve_gates(
-                        vec, thread % 32, g_now, beta_now, loaded_g, loaded_beta, gate_x, g, beta, A_log,
-                        dt_bias, start, length, chunks, head, beta_factor, k_empty, gates_full, gate, sigmoid, False, None, 0,
+                        vec, thread % 32, g_now, beta_now, loaded_g, loaded_beta, gate_x, g, beta, A_log, dt_bias,
+                        start, length, chunks, head, beta_factor, k_empty, gates_full, gate, sigmoid, False, None, 0,
                     )  # fmt: skip
                 else:
                     serve_queries(

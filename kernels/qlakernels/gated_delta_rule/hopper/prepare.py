@@ -114,8 +114,9 @@ def prepare_kernel(key_dim, dtype, l2norm, gate, sigmoid, raw_dtype, beta_dtype,
                             clear_solve(thread, 128, N_s, 1, A_s, 1, block_s, 1, diagonal)
                         wait(k_full, 0, parity)
                         make_N(
-                            thread, 0, 1, vec, 0, k_s, N_s, 0, A_s, 0, Mt_s, block_s, a_, b_, a, b, c_, out, column, diagonal,
-                            gates_full, parity, key_full, free, 1, K, dtype, l2norm, reverse, None, 0, group, False,
+                            thread, 0, 1, vec, 0, k_s, N_s, 0, A_s, 0, Mt_s, block_s, a_, b_, a, b, c_, out, column,
+                            diagonal, gates_full, parity, key_full, free, 1, K, dtype, l2norm, reverse, None, 0, group,
+                            False,
                         )  # fmt: skip
                         T.sync_threads(7, 128)
                         T.tma_copy(N_s[0, :, :], N[slot, head, :, :])

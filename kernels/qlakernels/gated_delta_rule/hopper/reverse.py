@@ -4,15 +4,19 @@ Per document and value head, over its chunks from the last to the first, with th
 float32 registers; it needs neither S nor V (symbols as in `forward`; dO the gradient of O):
 
     D = ρκ ∘ (K dS) + Pᵀ dO            the gradient of β ∘ E
-    Y = D + Nᵀ (β ∘ D)                 dV = β ∘ Y, written as round(β̄ ∘ Y)
+    Y = D + Nᵀ D                       dV = β ∘ Y, written as round(β̄ ∘ Y)
     dS ← γ_C dS + Qᵀ (scale γχ ∘ dO) − Kᵀ (γκβ/β̄ ∘ round(β̄ ∘ Y))
 
-dS is written at the end of each chunk, before that chunk is taken back: `gradients` needs it there, with the gates and
-the lengths of q and k, which are written too.
+with N of the transposed solve (`chunk`). Where the decay over the chunk can be taken apart (FAR), with ρ_j = γ_C / γ_j,
 
-Held transposed and shared out between warpgroups as in `forward`: consumers, an auxiliary that makes N a chunk ahead,
-a producer. Registers of a consumer: dS 64, its rounded copy 32, D 32, P 16 or 32, dO 16, two operands 16 each.
-Shared memory (K = V = 128): q and k 96, dO 16, N and P 32, dS 32, dV 16, the solve 24, vectors 9: 225 KB.
+    D = κ/γ ∘ [γ_C (K dS) + (Q Kᵀ below and on the diagonal)ᵀ (scale γχ ∘ dO)]
+
+where the last factor is needed anyway, and P takes no weights. dS is written at the end of each chunk, before that
+chunk is taken back: `gradients` needs it there, with the gates and the lengths of q and k, which are written too.
+
+Held transposed and shared out between warpgroups as in `forward`: consumers, auxiliaries that make N ahead of them, a
+producer. Registers of a consumer: dS 64, its rounded copy 32, D 32, P 16 or 32, dO 16, two operands 16 each.
+Shared memory (K = V = 128): q and k 80, dO 16, N and P 32, dS 32, dV 16, the solve 24, vectors 9: 209 KB.
 """
 
 import tilelang.language as T
@@ -274,9 +278,9 @@ def reverse_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
             elif thread < base:
                 T.set_max_nreg(auxiliary_registers, 0)
                 serve_keys(
-                    thread - consumers, auxiliaries, k_s, vec, N_s, A_s, Mt_s, block_s, a_, b_, a, b, c_, out, column, diagonal,
-                    k_full, gates_full, key_full, made_full, made_empty, chunks, K, dtype, l2norm, True, norms, slot,
-                    group, p == 0 and head % ratio == 0,
+                    thread - consumers, auxiliaries, k_s, vec, N_s, A_s, Mt_s, block_s, a_, b_, a, b, c_, out, column,
+                    diagonal, k_full, gates_full, key_full, made_full, made_empty, chunks, K, dtype, l2norm, True, norms, slot, group,
+                    p == 0 and head % ratio == 0,
                 )  # fmt: skip
             else:
                 T.set_max_nreg(producer_registers, 0)
@@ -299,8 +303,8 @@ def reverse_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
                         arrive(do_full, 0)
                 elif thread < base + 64:
                     serve_gates(
-                        vec, thread % 32, g_now, beta_now, loaded_g, loaded_beta, gate_x, g, beta, A_log,
-                        dt_bias, start, length, chunks, head, beta_factor, k_empty, gates_full, gate, sigmoid, True, gates, slot,
+                        vec, thread % 32, g_now, beta_now, loaded_g, loaded_beta, gate_x, g, beta, A_log, dt_bias,
+                        start, length, chunks, head, beta_factor, k_empty, gates_full, gate, sigmoid, True, gates, slot,
                     )  # fmt: skip
                 else:
                     serve_queries(
