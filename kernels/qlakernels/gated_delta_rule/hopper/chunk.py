@@ -16,8 +16,8 @@ N is strictly lower triangular and regular at β = 0; what it is added to keeps 
 in tensor-core products of 16×16 blocks, as M is made too. Their operands are rounded to float16: entries of A stay
 within 2 for unit keys and β ≤ 2, and bfloat16 would double the error where keys repeat.
 
-One warp runs `make_gates`, two `make_query_vectors`, one warpgroup or two in turns `make_N`, all ahead of the state; the
-consumers of the scans make P beside their products.
+One warp runs `make_gates`, two `make_query_vectors`, one warpgroup or two in turns `make_N`, all ahead of the state;
+the consumers of the scans make P beside their products.
 """
 
 import tilelang.language as T

@@ -279,8 +279,8 @@ def reverse_kernel(key_dim, value_dim, dtype, part, l2norm, gate, sigmoid, raw_d
                 T.set_max_nreg(auxiliary_registers, 0)
                 serve_keys(
                     thread - consumers, auxiliaries, k_s, vec, N_s, A_s, Mt_s, block_s, a_, b_, a, b, c_, out, column,
-                    diagonal, k_full, gates_full, key_full, made_full, made_empty, chunks, K, dtype, l2norm, True, norms, slot, group,
-                    p == 0 and head % ratio == 0,
+                    diagonal, k_full, gates_full, key_full, made_full, made_empty, chunks, K, dtype, l2norm, True,
+                    norms, slot, group, p == 0 and head % ratio == 0,
                 )  # fmt: skip
             else:
                 T.set_max_nreg(producer_registers, 0)
