@@ -74,21 +74,13 @@ def load_matrices(block, address):
 
 
 @T.macro
-def load_left(block, source, place, row, column, lane):
-    """block [8] ← the 16×16 block of source[place] at (row, column), as a left operand of `multiply`, by a warp."""
-    T.ptx_ldmatrix(
-        T.bool(False),
-        4,
-        T.access_ptr(source[place, row + lane % 16, column + lane // 16 * 8], "r", extent=8),
-        T.access_ptr(block[0], "w", extent=8),
-    )
+def load_block(block, source, place, row, column, lane, right):
+    """block [8] ← the 16×16 block of source[place] at (row, column), as a left operand of `multiply`, by a warp.
 
-
-@T.macro
-def load_right(block, source, place, row, column, lane):
-    """As `load_left`, as a right operand."""
+    `right`: as a right one instead.
+    """
     T.ptx_ldmatrix(
-        T.bool(True),
+        T.bool(right),
         4,
         T.access_ptr(source[place, row + lane % 16, column + lane // 16 * 8], "r", extent=8),
         T.access_ptr(block[0], "w", extent=8),
@@ -192,7 +184,7 @@ def square_rows(vec, stage, q_s, q_stage, top, lane, a, b, sums, key_dim, dtype)
     """
     clear(sums, 8)
     for step in T.unroll(key_dim // BLOCK, unroll_factor=2):
-        load_left(a, q_s, q_stage, top, step * BLOCK, lane)
+        load_block(a, q_s, q_stage, top, step * BLOCK, lane, False)
         for x in T.unroll(8):  # the same rows as columns: [0 1 4 5] and [2 3 6 7]
             b[x] = a[x // 4 * 2 + x % 4 // 2 * 4 + x % 2]
         multiply(sums, 0, a, b, dtype)
@@ -427,7 +419,7 @@ def make_N(
                 T.sync_warp()
                 solve_rows(warp, lane, A_s, half, block_s, which, auxiliaries * BLOCKS_OF_8, column)
                 # of the products of this block only rows 8 to 15, columns 0 to 7 are wanted
-                load_left(a, A_s, half, own, own, lane)
+                load_block(a, A_s, half, own, own, lane, False)
                 for x in T.unroll(8):
                     c[x] = 0.0 if x // 2 == 1 else a[x]
                 for x in T.unroll(4):
@@ -436,7 +428,7 @@ def make_N(
                 multiply_half(out, c, b)
                 for x in T.unroll(8):
                     c[x] = out[x] if x // 2 == 1 else 0.0
-                load_right(b, A_s, half, own, own, lane)
+                load_block(b, A_s, half, own, own, lane, True)
                 clear(out, 4)
                 multiply_half(out, c, b)
                 for x in T.unroll(2):
@@ -453,7 +445,7 @@ def make_N(
                 clear(out, 8)
                 multiply(out, 0, a, b, "float16")
                 as_left(c, out, 0)
-                load_right(b, A_s, half, left, left, lane)
+                load_block(b, A_s, half, left, left, lane, True)
                 clear(out, 8)
                 multiply(out, 0, c, b, "float16")
                 store_block(A_s, half, out, 0, own, left, lane)
@@ -466,18 +458,18 @@ def make_N(
         clear(out, 16)
         for step in T.unroll(2, unroll_factor=1):
             if step <= warp // 2:
-                load_left(a, A_s, half, row, (2 + step) * BLOCK, lane)
+                load_block(a, A_s, half, row, (2 + step) * BLOCK, lane, False)
                 for J in T.unroll(2):
                     load_transposed(b, Mt_s, which, J * BLOCK, step * BLOCK, lane)
                     multiply(out, J * 2, a, b, "float16")
         as_left(a, out, 0)
         as_left(b, out, 2)
         clear(out, 16)
-        load_right(c, A_s, half, 0, 0, lane)
+        load_block(c, A_s, half, 0, 0, lane, True)
         multiply(out, 0, a, c, "float16")
-        load_right(c, A_s, half, BLOCK, 0, lane)
+        load_block(c, A_s, half, BLOCK, 0, lane, True)
         multiply(out, 0, b, c, "float16")
-        load_right(c, A_s, half, BLOCK, BLOCK, lane)
+        load_block(c, A_s, half, BLOCK, BLOCK, lane, True)
         multiply(out, 2, b, c, "float16")
         for J in T.unroll(2):
             store_block(N_s, place, out, J * 2, row, J * BLOCK, lane)
