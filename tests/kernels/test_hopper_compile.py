@@ -12,7 +12,7 @@ import qlakernels.short_conv.hopper.kernels  # noqa: F401  makes its kernels kno
 from qlakernels import compiling
 from qlakernels.compiled import library, load, maker_of, sources_digest
 from qlakernels.compiling import kernel
-from qlakernels.gated_delta_rule.hopper.resources import SPILL_LIMITS, resources, training_kernels
+from qlakernels.gated_delta_rule.hopper.resources import CODE_LIMITS, SPILL_LIMITS, resources, training_kernels
 
 SHARED_MEMORY = 227 * 1024  # of a block on an H100
 SIZES = [(128, 128), (64, 64), (96, 192)]
@@ -32,6 +32,9 @@ def test_resources(size, name):
     assert found.spilled <= SPILL_LIMITS[name], f"{found.spilled} bytes spilled, {SPILL_LIMITS[name]} allowed"
     assert found.shared <= SHARED_MEMORY
     assert 0 < found.registers <= 255
+    whole = size[1] <= 128 or name.endswith("64 rows")  # else blocks have rows that V has not, and code for that
+    limit = CODE_LIMITS.get(name, 128) if whole else 128
+    assert 0 < found.code <= limit * 1024, f"{found.code / 1024:.1f} KB of code, {limit} allowed"
 
 
 def test_every_kernel_has_a_limit():
