@@ -85,8 +85,8 @@ def _backward(
     djoint[..., heads.joint[-1] :].zero_()
     dy, y, do = torch.matmul(dout, out_cast).view(o.shape), torch.empty_like(o), torch.empty_like(o)
     d_norm_weight = norm.launch_backward(dy, o, z, norm_weight, eps, do, dz, y)
-    del dy
-    d_out_weight = []
+    d_out_weight = weight_gradient(dout.flatten(0, 1), y.view(-1, heads.values), out_dtype)
+    del dy, y
     if together.numel() == 0:  # of q and k alone: W is kept for v
         together = _convolve(joint, conv_weight, position_ids, True, 0, 2 * heads.keys)
     q, k, _ = heads.by_heads(together)
@@ -95,11 +95,10 @@ def _backward(
     *_, d_parameters, _ = rule._backward(
         q, k, a, b, W, states, first_states, do, None, cu, order, A_log, dt_bias, False, heads.key_dim**-0.5,
         *IN_OPERATOR, neg, None, (*heads.by_heads(dqkv), da, db),
-        lambda: d_out_weight.append(weight_gradient(dout.flatten(0, 1), y.view(-1, heads.values), out_dtype)),
     )  # fmt: skip
     x = joint[..., : heads.convolved]
     d_conv_weight = convolution.launch_backward(dqkv, x, conv_weight, position_ids, True, dx)
-    return djoint, d_conv_weight, d_parameters, d_norm_weight, *d_out_weight
+    return djoint, d_conv_weight, d_parameters, d_norm_weight, d_out_weight
 
 
 def _backward_fake(

@@ -8,7 +8,7 @@ Documents are told apart on the device alone: nothing here reads the values of `
 
 import math
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from functools import cache
 from itertools import chain
 from typing import NamedTuple
@@ -159,8 +159,8 @@ class Plan(NamedTuple):
         return self.segment > 0
 
 
-def _plan(q: torch.Tensor, cu_seqlens: torch.Tensor | None, heads: int, value_dim: int, alone: bool = True) -> Plan:
-    """q [B, T, Hk, K], `heads` of values. `alone`: nothing else is to run on multiprocessors that a scan leaves.
+def _plan(q: torch.Tensor, cu_seqlens: torch.Tensor | None, heads: int, value_dim: int) -> Plan:
+    """q [B, T, Hk, K], `heads` of values.
 
     Blocks of 128 rows share one N and P and the tiles of q and k. Where there is room for several times as many,
     documents are cut into segments that fill the chip once; short ones are taken by blocks of 64. How long packed
@@ -179,7 +179,7 @@ def _plan(q: torch.Tensor, cu_seqlens: torch.Tensor | None, heads: int, value_di
     section = -(-segment // (sections * STATE_STRIDE)) * STATE_STRIDE
     segment = sections * section
     if segment >= longest:
-        return Plan(64 if alone and documents * blocks * 2 <= chip else part, documents)
+        return Plan(64 if documents * blocks * 2 <= chip else part, documents)
     return Plan(part, rows * longest // segment + documents, segment, section)
 
 
@@ -384,17 +384,14 @@ def _backward(
     neg,
     v_strides,
     into=None,
-    beside=None,
 ):
     """Returns dq, dk, dv, dg, dbeta (of the raw inputs), those of A_log and dt_bias as one [2, Hv], d_initial_state.
 
     into: what dq, dk, dv, dg and dbeta are written to, all [B, T, ...], slices of longer rows among them. Without it
     the first three are laid out as `laid_out_as` says.
-    beside: launches work that needs nothing of this and leaves nothing for it; it runs beside the reverse scan where
-    that leaves half of the multiprocessors, else in front of it.
     """
     documents = _documents(q, cu_seqlens)
-    plan = _plan(q, cu_seqlens, *W.shape[1:], alone=beside is None)
+    plan = _plan(q, cu_seqlens, *W.shape[1:])
     whole = into or (
         laid_out_as(q, q.shape, q.stride()),
         laid_out_as(q, k.shape, k.stride()),
@@ -422,38 +419,33 @@ def _backward(
     d_final_state = d_final_state.contiguous()
     raw = g, beta, A_log, dt_bias, cu_seqlens
     written, steps_written = zip(*map(_in_pieces, (dv, dq, dk)), strict=True)
-    blocks = plan.turns * heads * -(-value_dim // plan.part)
-    leaves_half = not plan.cut and 2 * blocks <= _multiprocessors(q.device)
-    if beside is not None and not leaves_half:
-        beside()
     section_states = _enter_segments(launch, plan, True, q, k, do, *raw, d_final_state, options, steps)
-    with _first(q.device, beside) if beside is not None and leaves_half else nullcontext():
-        launch["reverse"](
-            q,
-            k,
-            do,
-            g,
-            beta,
-            A_log,
-            dt_bias,
-            cu_seqlens,
-            order,
-            d_final_state,
-            dv,
-            written[0],
-            d_states,
-            d_initial_state,
-            gates,
-            norms,
-            section_states,
-            *steps_written[0],
-            *options,
-            ratio,
-            plan.turns,
-            plan.segment,
-            plan.section,
-            steps,
-        )
+    launch["reverse"](
+        q,
+        k,
+        do,
+        g,
+        beta,
+        A_log,
+        dt_bias,
+        cu_seqlens,
+        order,
+        d_final_state,
+        dv,
+        written[0],
+        d_states,
+        d_initial_state,
+        gates,
+        norms,
+        section_states,
+        *steps_written[0],
+        *options,
+        ratio,
+        plan.turns,
+        plan.segment,
+        plan.section,
+        steps,
+    )
     raw_gates = "gate_gradients" in launch
     # those that the kernel of the raw gates reads, or whoever wants them
     dg_inside, dbeta_inside = (
@@ -499,22 +491,6 @@ def _backward(
             if x is not inside:
                 x.copy_(inside)
     return *whole, d_parameters, d_initial_state
-
-
-@cache
-def _urgent_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device, priority=-1)
-
-
-@contextmanager
-def _first(device: torch.device, beside: Callable[[], None]):
-    """What is launched inside gets multiprocessors before what `beside` launches, and both run side by side."""
-    here, urgent = torch.cuda.current_stream(device), _urgent_stream(device)
-    urgent.wait_stream(here)
-    with torch.cuda.stream(urgent):
-        yield
-    beside()
-    here.wait_stream(urgent)
 
 
 def laid_out_as(like: torch.Tensor, shape: tuple[int, ...], strides: tuple[int, ...]) -> torch.Tensor:
