@@ -23,6 +23,8 @@ from typing import NamedTuple
 import tvm_ffi
 from tqdm import tqdm
 
+UNIFORM_WARPGROUPS = "qlakernels.uniform_warpgroups"  # a pass config of ours: see `compiling._uniform_warpgroups`
+
 
 class Maker(NamedTuple):
     """Where the function is that makes a kernel, and what it is compiled with.

@@ -17,8 +17,10 @@ from pathlib import Path
 
 import tilelang
 import z3
+from tilelang import language
+from tilelang.cuda.intrinsics.macro.wgmma_macro_generator import TensorCoreIntrinEmitter
 
-from qlakernels.compiled import library, maker_of
+from qlakernels.compiled import UNIFORM_WARPGROUPS, library, maker_of
 
 TARGET = {"kind": "cuda", "arch": "sm_90a"}
 
@@ -32,8 +34,9 @@ def kernel(key: tuple):
     logging.getLogger("tilelang").setLevel(logging.ERROR)
     maker = maker_of(key)
     make = getattr(importlib.import_module(f"{maker.package}.{maker.module}"), maker.function)
-    with _prover(PROVER):
-        return tilelang.compile(make(*key[1:]), target=TARGET, pass_configs=maker.pass_configs)
+    configs = dict(maker.pass_configs)
+    with _prover(PROVER), _uniform_warpgroups(configs.pop(UNIFORM_WARPGROUPS, False)):
+        return tilelang.compile(make(*key[1:]), target=TARGET, pass_configs=configs)
 
 
 def compile_into_cache(key: tuple) -> None:
@@ -62,6 +65,28 @@ def _prover(parameters: dict[str, str]) -> Iterator[None]:
     finally:
         for name, value in before.items():
             z3.set_param(name, value)
+
+
+@contextmanager
+def _uniform_warpgroups(wanted: bool) -> Iterator[None]:
+    """Products over several warpgroups take the number of theirs from `first_of_warpgroup`, a function that the kernel
+    brings along and that gives all lanes the same.
+
+    tilelang takes it from the number of the thread. The compiler then has a descriptor of a tile for each lane, moves
+    both halves of it to where the tensor cores read it, in front of each instruction, and keeps some in memory.
+    """
+    own = TensorCoreIntrinEmitter.get_thread_binding
+
+    def binding(self):
+        one = self.block_row_warps * self.block_col_warps == 4
+        return own(self) if one else language.call_extern("int32", "first_of_warpgroup")
+
+    try:
+        if wanted:
+            TensorCoreIntrinEmitter.get_thread_binding = binding
+        yield
+    finally:
+        TensorCoreIntrinEmitter.get_thread_binding = own
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import z3
 
 import qlakernels.short_conv.hopper.kernels  # noqa: F401  makes its kernels known
 from qlakernels import compiling
-from qlakernels.compiled import library, load, maker_of, sources_digest
+from qlakernels.compiled import UNIFORM_WARPGROUPS, library, load, maker_of, sources_digest
 from qlakernels.compiling import kernel
 from qlakernels.gated_delta_rule.hopper.resources import CODE_LIMITS, SPILL_LIMITS, resources, training_kernels
 
@@ -72,6 +72,20 @@ def test_the_prover_is_left_as_it_was():
     before = z3.get_param("smt.arith.solver")
     kernel(("reach", True))
     assert z3.get_param("smt.arith.solver") == before != compiling.PROVER["smt.arith.solver"]
+
+
+def test_warpgroups_are_as_they_were():
+    """Once a kernel is made that takes the number of its warpgroup from its own function."""
+    emitter = compiling.TensorCoreIntrinEmitter
+    before = emitter.get_thread_binding
+    key = training_kernels(128, 128)["gradients"]
+    assert maker_of(key).pass_configs[UNIFORM_WARPGROUPS]
+    source = kernel(key).get_kernel_source()
+    assert emitter.get_thread_binding is before
+    products = [line for line in source.split("\n") if "wgmma_ss<" in line]
+    assert products and all("threadIdx" not in line for line in products)
+    assert any("first_of_warpgroup()" in line for line in products)
+    assert "first_of_warpgroup" not in kernel(training_kernels(128, 128)["forward"]).get_kernel_source()
 
 
 def test_a_place_follows_from_key_and_sources():

@@ -193,8 +193,9 @@ def sync_warpgroup(barrier):
 
 
 @T.macro
-def load_tail(tile, stage, source, first, head, column, left, width):
-    """tile[stage] ← rows `first` and onwards of source[:, head, column:column + width], of which `left` exist; else 0.
+def load_tail(tile, stage, source, first, head, column, left, width, below=0):
+    """Rows of tile[stage] from `below` on ← those from `first` on of source[:, head, column:column + width], of which
+    `left` exist; else 0.
 
     By a warp, in pieces of 16 bytes that all are on their way at once; needs PRELUDE. stage None: of a tile [C, width].
     Rows behind the end of a document belong to the next one: a product with them must not happen, as 0 · NaN is NaN.
@@ -210,7 +211,7 @@ def load_tail(tile, stage, source, first, head, column, left, width):
         T.call_extern(
             "handle",
             "copy_or_clear",
-            T.access_ptr(tile[row, at] if stage is None else tile[stage, row, at], "w", extent=PIECE),
+            T.access_ptr(tile[below + row, at] if stage is None else tile[stage, below + row, at], "w", extent=PIECE),
             T.access_ptr(
                 source[first + T.min(row, left - 1), head, T.min(column + at, source.shape[2] - PIECE)],
                 "r",
@@ -238,13 +239,22 @@ def state_layout(tile):
     return make_full_bank_swizzled_layout(tile) if tile.shape[-1] % 64 == 0 else make_half_bank_swizzled_layout(tile)
 
 
-def accumulator_rows() -> Fragment:
-    """Layout of a loop over what each of 64 rows of a wgmma accumulator has been reduced to, which four threads hold.
+def accumulator(rows: int, columns: int) -> Fragment:
+    """Layout of a wgmma accumulator, 64 rows to each warpgroup."""
+
+    def place(row, column):
+        return row // 16 * 32 + row % 8 * 4 + column % 8 // 2, column // 8 * 4 + row % 16 // 8 * 2 + column % 2
+
+    return Fragment((rows, columns), forward_fn=place)
+
+
+def accumulator_rows(rows: int = CHUNK) -> Fragment:
+    """Layout of a loop over what each row of a wgmma accumulator has been reduced to, which four threads hold.
 
     tilelang would find it, by trying it out anew with each of a warpgroup's loops: 4 s for the largest kernel.
     """
     return Fragment(
-        (64,), forward_fn=lambda row, copy: (row // 16 * 32 + row % 8 * 4 + copy, row % 16 // 8), replicate=4
+        (rows,), forward_fn=lambda row, copy: (row // 16 * 32 + row % 8 * 4 + copy, row % 16 // 8), replicate=4
     )
 
 

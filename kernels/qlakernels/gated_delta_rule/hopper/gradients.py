@@ -17,39 +17,51 @@ diagonal stays out (f), so what cancels is what strong decay leaves small anyhow
 shifted prefix sum: taken as its total minus the rest it would lose all digits.
 
 Persistent blocks take items (256 tokens, key head), in them chunks, in them value heads: a step is a chunk and a head.
-At a step each of the two consumers takes 64 columns of V of the state to the next chunk and stores them to `scratch`,
-[V, K] a block and head and so in L2, whence the copy engine brings them at the next chunk. Three warpgroups:
 
-    first     F, H, dβ, then the state's first half, A, dQ; repairs dV where β̄ is not β
-    second    E, then the state's second half, B, D, dK
-    third     warp 0 brings dO, W, dV two steps ahead, S and dS one; warps 1 and 2 make the step's vectors and ⟨S, dS⟩;
-              warp 3 brings q and k and gathers dg
+Two consumers run the same code, so that it is half as long: [F; −H] is one matrix P [2 C, C] of [dO; dV] Wᵀ, the first
+has F and the second −H; of all else each has half of the columns of K. At a step: P to shared memory; D, E, A, B; then
+their halves of the state to the next chunk, through the tile of the rows to `scratch`, [V, K] a block and head and so
+in L2, whence the copy engine brings them at the next chunk. A last warpgroup of four roles, a warp each:
+
+    loads     dO, W, dV two steps ahead, S and dS one, q and k a chunk
+    vectors   the step's vectors, a step ahead or two
+    inner     dβ, dV repaired where β̄ is not β, and half of ⟨S, dS⟩: diagonals of products of blocks of 16×16
+    dg        the other half, and dg from what the consumers have summed up
 
 Barriers (arrivals), all phases in the order of the steps: `rows` dO, W, dV of a step, two stages (32; 256 back); `S`
-(32; 320) and `dS` (32; 192); `keys` q and k of a chunk (32; 256); `vec` vectors, two stages (64; 256); `FH` F, H and f
-from the first to the second (128; 128); `sums` what dg is of, to warp 3 (320; 32). An arrival at `S_empty` also says
-that the next state of this step and of all before is on its way to `scratch`.
+and `dS` (32; 320); `keys` q and k of a chunk (32; 256); `vec` vectors, two stages (32; 288); `diagonal` that of P
+(256); `repaired` dV (32); `sums` what dg is of (288; 32). An arrival at `S_empty` also says that the next state of this
+step and of all before is on its way to `scratch`. Rows of a chunk's last step are given back behind dq and dk, which go
+through their tile. At the named barrier 1 the consumers meet where P is there, and where it and the rows were read.
 
-Values come in parts of 64, two at a time. Beyond 128 values F and H are made of all of them first, and the rows are
-brought a second time for the rest.
+V is at most 128; `gradients_wide` has more.
 
-Registers of a consumer, at most: dQ or dK 64, a product 64, an operand 16, q or k or F 16 to 32; or dQ, F, H 128.
-Shared memory at K = V = 128: rows 96 KB, S 32, dS 32, q and k 32, F and H 16, vectors 6.
+Registers of a consumer, at most: dQ and dK 64, A and B 64, q or k 16. What has been loaded a step ago costs more than
+to load it again, and what is spilled is read from L2, as shared memory leaves nothing of the L1 cache: 400 cycles each.
+Shared memory at K = V = 128: rows 96 KB, S 32, dS 32, q and k 32, P 16, vectors 7, sums 3.
 """
 
-import tilelang.language as T
+from math import gcd
 
-from qlakernels.gated_delta_rule.hopper.chunk import FAR, cut, weigh
+import tilelang.language as T
+from tilelang.layout import (
+    make_full_bank_swizzled_layout,
+    make_half_bank_swizzled_layout,
+    make_quarter_bank_swizzled_layout,
+)
+
+from qlakernels.gated_delta_rule.hopper.chunk import FAR, multiply
 from qlakernels.gated_delta_rule.hopper.common import (
     BASE,
     BETA_MIN,
     FIRST,
     LEFT,
     LOG2E,
-    PRELUDE,
+    accumulator,
     accumulator_rows,
     acquire_stores,
     arrive,
+    exp2,
     folds_decay,
     load_tail,
     locate,
@@ -57,22 +69,37 @@ from qlakernels.gated_delta_rule.hopper.common import (
     wait,
     weight_of_W,
 )
-from qlakernels.gated_delta_rule.hopper.sizes import CHUNK, PART, PIECE, STATE_STRIDE, value_parts
+from qlakernels.gated_delta_rule.hopper.common import PRELUDE as COMMON_PRELUDE
+from qlakernels.gated_delta_rule.hopper.sizes import CHUNK, PIECE, STATE_STRIDE, padded_values
 
+PRELUDE = (
+    COMMON_PRELUDE
+    + """
+__device__ __forceinline__ int first_of_warpgroup() {
+  int first;
+  asm("shfl.sync.idx.b32 %0, %1, 0, 31, -1;" : "=r"(first) : "r"(threadIdx.x / 128 * 128));
+  return first;
+}
+__device__ __forceinline__ void fetch(const void* line) { asm volatile("prefetch.global.L2 [%0];" ::"l"(line)); }
+"""
+)
 VECTORS = 13
-TOTAL, SHIFTED, COLUMN, ROW_F, ROW_H, ROW_A, ROW_B, ROW_E, CHI_2, KAPPA_2, BETA, BAR, OMEGA = range(VECTORS)
+TOTAL, SHIFTED, COLUMN, ROW_E, BETA, BAR, OMEGA = range(7)
+ROWS_P, ROWS_Y, SQUARES = 7, 9, 11  # each a vector of the queries' rows and one of the keys'
 
 
 def gradients_kernel(key_dim, value_dim, dtype, l2norm):
     C = CHUNK
     K, V = key_dim, value_dim
-    part = PART
-    parts = value_parts(V)
-    pairs = -(-parts // 2)
-    sweeps = 1 if pairs == 1 else 2  # how often a step's rows are brought
+    width = padded_values(V)
     per_item = STATE_STRIDE // C
     folded = folds_decay(dtype)
-    budgets = (216, 232) if sweeps == 1 else (224, 224)  # registers of the consumers; 56 are left for the third
+    consumers = 256
+    half = K // 2  # columns of a consumer
+    panel = gcd(half, 64)  # columns of a tile that are swizzled together: each consumer has whole ones
+    swizzled = {64: make_full_bank_swizzled_layout, 32: make_half_bank_swizzled_layout}.get(
+        panel, make_quarter_bank_swizzled_layout
+    )
     tokens, heads, groups = T.dynamic("tokens"), T.dynamic("heads"), T.dynamic("groups")
     slots, documents, kept, firsts = (T.dynamic(x) for x in ("slots", "documents", "kept", "firsts"))
     places, members = T.dynamic("places"), T.dynamic("members")
@@ -81,105 +108,138 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
     o_token, o_head = T.dynamic("o_token"), T.dynamic("o_head")
     dq_pieces, dk_pieces, dv_pieces = (T.dynamic(x) for x in ("dq_pieces", "dk_pieces", "dv_pieces"))
     v_token, v_head = T.dynamic("v_token"), T.dynamic("v_head")
+    own_rows, own_half = T.GemmWarpPolicy.FullRow, T.GemmWarpPolicy.FullCol  # of a consumer
 
     @T.macro
-    def bring_rows(source, tiles, full, rows, p, first, head, columns, left):
-        """The tile of part p ← the chunk's rows of source[:, head, columns:], zero behind the document's end."""
+    def bring_rows(tile, stage, below, source, full, first, head, left):
+        """C rows of tile[stage] from `below` on ← the chunk's rows of source[:, head], zero behind V and behind the
+        document's end."""
         if left >= C:
-            T.tma_copy(
-                source[first : first + C, head, columns : columns + part],
-                tiles[rows % 2 * 2 + p, :, :],
-                barrier=full[rows % 2],
-            )
+            for p in T.unroll(width // 64):
+                T.tma_copy(
+                    source[first : first + C, head, p * 64 : (p + 1) * 64],
+                    tile[stage, below : below + C, p * 64 : (p + 1) * 64],
+                    barrier=full[stage],
+                )
         else:
-            load_tail(tiles, rows % 2 * 2 + p, source, first, head, columns, left, part)
+            load_tail(tile, stage, source, first, head, 0, left, width, below)
 
     @T.macro
-    def bring_states(source, index, head, columns, both, tile_0, tile_1, full):
-        """tile_0 and, if there are both, tile_1 ← the parts from `columns` on of source[index, head]."""
-        T.tma_copy(source[index, head, columns : columns + part, :], tile_0, barrier=full[0])
-        if both:
-            T.tma_copy(source[index, head, columns + part : columns + 2 * part, :], tile_1, barrier=full[0])
-
-    @T.macro
-    def bring_kept(
-        states, first_states, slot, document, is_first, with_first, head, columns, both, tile_0, tile_1, full
-    ):
-        """As `bring_states`, the state at the start of an item; with_first 0: of first_states one serves all."""
-        if is_first == 0:
-            bring_states(states, slot - document - 1, head, columns, both, tile_0, tile_1, full)
+    def bring_keys(tile, source, full, first, group, left):
+        """tile ← the chunk's rows of source[:, group]."""
+        if left >= C:
+            T.tma_copy(source[first : first + C, group, :], tile, barrier=full[0])
         else:
-            bring_states(first_states, document * with_first, head, columns, both, tile_0, tile_1, full)
+            load_tail(tile, None, source, first, group, 0, left, K)
 
     @T.macro
-    def repair(dv, dv_s, tiny, vec, stage, tile, first, left, token_step, base, columns):
-        """dv ← β/β̄ ∘ dv for two parts, if any β of the chunk is tiny."""
+    def fetch_keys(source, first, group, left, lane):
+        """Has the chunk's rows of source[:, group] brought to the L2 cache, by a warp."""
+        for half_of_rows in T.unroll(2):
+            row = half_of_rows * 32 + lane
+            if row < left:
+                for line in T.unroll(-(-K // 64)):
+                    T.call_extern(
+                        "handle", "fetch", T.access_ptr(source[first + row, group, line * 64], "r", extent=PIECE)
+                    )
+
+    @T.macro
+    def bring_state(source, index, head, tile, full):
+        """tile ← source[index, head], zero behind V."""
+        T.tma_copy(source[index, head, 0:width, :], tile, barrier=full[0])
+
+    @T.macro
+    def repair(dv, X, tiny, vec, stage, first, left, token_step, base, lane):
+        """dv ← β/β̄ ∘ dv, if any β of the chunk is tiny, by a warp."""
         if tiny[stage, 0] + tiny[stage, 1] > 0:
-            for row in T.serial(C):
-                if vec[stage, BETA, row] < vec[stage, BAR, row] and row < left:
-                    for j in T.Parallel(2 * part):
-                        if columns + j < V:
-                            dv[(first + row) * token_step + base + (columns + j) // PIECE, (columns + j) % PIECE] = (
-                                T.cast(dv_s[tile + j // part, row, j % part], "float32")
-                                * vec[stage, BETA, row]
-                                / vec[stage, BAR, row]
+            for row in T.serial(T.min(left, C)):
+                if vec[stage, BETA, row] < vec[stage, BAR, row]:
+                    for turn in T.serial(width // 32):
+                        j = turn * 32 + lane
+                        if j < V:
+                            dv[(first + row) * token_step + base + j // PIECE, j % PIECE] = (
+                                T.cast(X[stage, C + row, j], "float32") * vec[stage, BETA, row] / vec[stage, BAR, row]
                             )
 
     @T.macro
-    def advance(S, W, tile, vec, stage, k, work, operand, wanted, scratch, worker, member, columns):
-        """If wanted, scratch[worker, member, columns:] ← the rows that S holds of the state, after this chunk."""
-        gamma = T.alloc_var("float32")
-        gamma = T.exp2(vec[stage, TOTAL, C - 1])
-        T.copy(S, work)
-        for i, j in T.Parallel(part, K):
-            work[i, j] *= gamma
-        if folded:
-            T.gemm(W[tile, :, :], k, work, transpose_A=True)
-        else:
-            for i, j in T.Parallel(part, C):
-                operand[i, j] = T.cast(W[tile, j, i], "float32") * vec[stage, ROW_E, j]
-            T.gemm(operand, k, work)
-        if wanted:
-            T.copy(work, scratch[worker, member, columns : columns + part, :])
+    def add_inner(S, dS, left, right, out, warp, lane):
+        """out[0 : 16] += parts of ⟨S, dS⟩, by two warps: diagonals of products of blocks of 16×16, in turns of two."""
+        for turn in T.serial(width // 32):
+            row = turn * 2 + warp
+            for two in T.serial(K // 32):
+                for odd in T.unroll(2):
+                    column = two * 2 + odd
+                    T.ptx_ldmatrix(
+                        T.bool(False), 4,
+                        T.access_ptr(S[row * 16 + lane % 16, column * 16 + lane // 16 * 8], "r", extent=8),
+                        T.access_ptr(left[0], "w", extent=8),
+                    )  # fmt: skip
+                    T.ptx_ldmatrix(
+                        T.bool(False), 4,
+                        T.access_ptr(
+                            dS[row * 16 + lane // 16 * 8 + lane % 8, column * 16 + lane // 8 % 2 * 8], "r", extent=8
+                        ),
+                        T.access_ptr(right[0], "w", extent=8),
+                    )  # fmt: skip
+                    multiply(out, odd * 2, left, right, dtype)
 
     @T.macro
-    def add_products(work, keys, total, sums):
-        """total += work, sums ← rows of work ∘ keys; work is spent."""
-        for i, j in T.Parallel(C, K):
-            total[i, j] += work[i, j]
-        for i, j in T.Parallel(C, K):
-            work[i, j] *= T.cast(keys[i, j], "float32")
-        T.reduce_sum(work, sums, dim=1)
+    def take_inner(S, dS, left, right, out, warp, lane, dS_full, dS_empty, S_full, S_empty, step):
+        """`add_inner`, once both are there, and gives them back."""
+        wait(dS_full, 0, step % 2)
+        wait(S_full, 0, step % 2)
+        add_inner(S, dS, left, right, out, warp, lane)
+        release_tiles()
+        arrive(dS_empty, 0)
+        arrive(S_empty, 0)
 
     @T.macro
-    def add_inner(S, dS, inside, s_16, ds_16, u):
-        """inside[0..3] += parts of ⟨S, dS⟩, by 64 threads u."""
-        for block in T.serial(part * K // 8 // 128):
-            for half in T.unroll(2):
-                row = (block * 128 + half * 64 + u) // (K // 8)
-                column = (block * 128 + half * 64 + u) % (K // 8) * 8
-                for x in T.vectorized(8):
-                    s_16[half * 8 + x] = S[row, column + x]
-                for x in T.vectorized(8):
-                    ds_16[half * 8 + x] = dS[row, column + x]
-            for x in T.unroll(16):
-                inside[x % 4] += T.cast(s_16[x], "float32") * T.cast(ds_16[x], "float32")
+    def sum_inner(out, lane):
+        """out[0] ← a warp's part of ⟨S, dS⟩; the diagonal of a block of 16×16 is in elements 0, 1, 6 and 7 of 8."""
+        odd = lane // 4 % 2 == 1  # which of a lane's two elements is on the diagonal, if any
+        out[0] = T.if_then_else(odd, out[1] + out[7] + out[9] + out[15], out[0] + out[6] + out[8] + out[14])
+        out[0] = T.if_then_else(lane // 8 == lane % 4, out[0], 0.0)
+        for distance in T.unroll(5):
+            out[0] += T.shfl_xor(out[0], 16 >> distance)
 
     @T.macro
-    def finish(total, diagonal, square, own, other, own_f, work, sums):
-        """total ← total + diagonal ∘ other, then without its part along `own` if that was normalised."""
-        T.copy(other, own_f)
-        for i, j in T.Parallel(C, K):
-            total[i, j] += diagonal[i] * T.cast(own_f[i, j], "float32")
-        if l2norm:
-            T.copy(own, own_f)
-            for i, j in T.Parallel(C, K):
-                work[i, j] = total[i, j] * T.cast(own_f[i, j], "float32")
-            T.reduce_sum(work, sums, dim=1)
-            for i in T.Parallel(C):
-                sums[i] *= square[i]
-            for i, j in T.Parallel(C, K):
-                total[i, j] -= sums[i] * T.cast(own_f[i, j], "float32")
+    def store_state(tile, at, target, worker, member, warp, lane):
+        """target[worker, member], this consumer's half, ← what this warp has left of the state in tile[at]."""
+        for atom in T.unroll(width // 64):
+            for n in T.unroll(half // 16):
+                row = atom * 64 + warp % 4 * 16 + (n * 32 + lane) // (half // PIECE)
+                piece = (n * 32 + lane) % (half // PIECE) * PIECE
+                for x in T.vectorized(PIECE):
+                    target[worker, member, row, warp // 4 * half + piece + x] = tile[
+                        at, row if width == 2 * C else warp // 4 * C + row,
+                        piece + x if width == C else warp // 4 * 64 + piece + x,
+                    ]  # fmt: skip
+
+    @T.macro
+    def store_rows(tile, at, target, first, left, token_step, base, warp, lane):
+        """target ← what this warp has left of a [C, K] in tile[at], by pieces."""
+        for n in T.unroll(half // 16):
+            row = warp % 4 * 16 + (n * 32 + lane) // (half // PIECE)
+            piece = (n * 32 + lane) % (half // PIECE)
+            if row < left:
+                for x in T.vectorized(PIECE):
+                    target[(first + row) * token_step + base + warp // 4 * (half // PIECE) + piece, x] = tile[
+                        at, warp // 4 * C + row, piece * PIECE + x
+                    ]
+
+    @T.macro
+    def row_sums(x, y, products, sums):
+        """sums [2 C] ← of each row of x ∘ y, [C, K], the half that either consumer has."""
+        for r, j in T.Parallel(2 * C, half):
+            products[r, j] = x[r % C, r // C * half + j] * T.cast(y[r % C, r // C * half + j], "float32")
+        T.reduce_sum(products, sums, dim=1)
+        T.warpgroup_fence_operand(y, num_regs=half // 4)  # or it is kept in float32
+
+    @T.macro
+    def subtract(total, sums, own):
+        """total [C, K] ← total − sums ∘ own; sums [2 C] has each row for either consumer."""
+        for r, j in T.Parallel(2 * C, half):
+            total[r % C, r // C * half + j] -= sums[r] * T.cast(own[r % C, r // C * half + j], "float32")
 
     @T.prim_func
     def gradients(
@@ -194,7 +254,7 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
         gates: T.Tensor((slots, heads, 2, C), "float32"),
         norms: T.Tensor((slots, groups, 2, C), "float32"),
         cu_seqlens: T.Tensor((documents + 1,), "int32"),
-        scratch: T.Tensor((places, members, parts * part, K), dtype),
+        scratch: T.Tensor((places, members, padded_values(V), K), dtype),
         dv_again: T.Tensor((dv_pieces, PIECE), dtype),  # dv as it is written, like dq and dk
         dq: T.Tensor((dq_pieces, PIECE), dtype),
         dk: T.Tensor((dk_pieces, PIECE), dtype),
@@ -213,76 +273,64 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
         with_first: T.int32,
     ):
         with T.Kernel(workers, threads=384, prelude=PRELUDE) as (worker,):
-            q_s = T.alloc_shared((C, K), dtype)
-            k_s = T.alloc_shared((C, K), dtype)
-            do_s = T.alloc_shared((4, C, part), dtype)  # [stage · 2 + part of the pair]
-            W_s = T.alloc_shared((4, C, part), dtype)
-            dv_s = T.alloc_shared((4, C, part), dtype)
-            S_0, S_1 = T.alloc_shared((part, K), dtype), T.alloc_shared((part, K), dtype)
-            dS_0, dS_1 = T.alloc_shared((part, K), dtype), T.alloc_shared((part, K), dtype)
-            F_s = T.alloc_shared((C, C), dtype)
-            H_s = T.alloc_shared((C, C), dtype)  # −H
-            f_s = T.alloc_shared((C,), "float32")
+            q_s, k_s = T.alloc_shared((C, K), dtype), T.alloc_shared((C, K), dtype)
+            X_s = T.alloc_shared((2, 2 * C, width), dtype)  # dO, and below it dV
+            W_s = T.alloc_shared((2, C, width), dtype)
+            S_s = T.alloc_shared((width, K), dtype)
+            dS_s = T.alloc_shared((width, K), dtype)
+            P_s = T.alloc_shared((2 * C, C), dtype)  # F, and below it −H
+            diagonal_s = T.alloc_shared((2 * C,), "float32")
             vec = T.alloc_shared((2, VECTORS, C), "float32")
             tiny_s = T.alloc_shared((2, 2), "int32")  # of the chunk's halves: does β̄ differ from β anywhere?
-            a_s = T.alloc_shared((C,), "float32")
-            b_s = T.alloc_shared((C,), "float32")
-            e_s = T.alloc_shared((C,), "float32")
+            low_s = T.alloc_shared((2 * C,), "float32")  # what dg is of, summed over either half of the columns
+            e_s = T.alloc_shared((2 * C,), "float32")
+            squares_s = T.alloc_shared((2, 2 * C), "float32")
             inner_s = T.alloc_shared((2,), "float32")
 
-            # the first warpgroup's
-            dQ = T.alloc_fragment((C, K), "float32")
-            work_q = T.alloc_fragment((C, K), "float32")
-            picked = T.alloc_fragment((C, C), "float32")
-            F = T.alloc_fragment((C, C), "float32")
-            H = T.alloc_fragment((C, C), "float32")
-            F_r = T.alloc_fragment((C, C), dtype)
-            H_r = T.alloc_fragment((C, C), dtype)
-            operand_q = T.alloc_fragment((part, C), dtype)
-            q_f = T.alloc_fragment((C, K), dtype)
-            rows_q = T.alloc_fragment((C,), "float32")
-            a_f = T.alloc_fragment((C,), "float32")
-            f_q = T.alloc_fragment((C,), "float32")
-            square_q = T.alloc_fragment((C,), "float32")
-            # the second's
-            dK = T.alloc_fragment((C, K), "float32")
-            work_k = T.alloc_fragment((C, K), "float32")
-            operand_k = T.alloc_fragment((part, C), dtype)
-            k_f = T.alloc_fragment((C, K), dtype)
-            rows_k = T.alloc_fragment((C,), "float32")
-            b_f = T.alloc_fragment((C,), "float32")
-            e_f = T.alloc_fragment((C,), "float32")
-            f_k = T.alloc_fragment((C,), "float32")
-            square_k = T.alloc_fragment((C,), "float32")
+            # the consumers'
+            dQ, dK, A, B = (T.alloc_fragment((C, K), "float32") for _ in range(4))
+            state = T.alloc_fragment((width, K), "float32")
+            P = T.alloc_fragment((2 * C, C), "float32")
+            picked = T.alloc_fragment((2 * C, C), "float32")
+            operand = T.alloc_fragment((width, C), dtype)
+            E = T.alloc_fragment((C, K), "float32")
+            D = T.alloc_fragment((C, K), "float32")
+            products = T.alloc_fragment((2 * C, half), "float32")
+            keys_f, other_f = T.alloc_fragment((C, K), dtype), T.alloc_fragment((C, K), dtype)  # of q or k
+            diagonal, y_f, d_f, e_f, f_f, sums = (T.alloc_fragment((2 * C,), "float32") for _ in range(6))
             # the third's
-            s_16 = T.alloc_local((16,), dtype)
-            ds_16 = T.alloc_local((16,), dtype)
-            inside = T.alloc_local((4,), "float32")
+            left_16 = T.alloc_local((8,), dtype)
+            right_16 = T.alloc_local((8,), dtype)
+            inside = T.alloc_local((16,), "float32")
             low, high = T.alloc_local((2,), "float32"), T.alloc_local((2,), "float32")
             moved = T.alloc_local((4,), "float32")
 
             rows_full, rows_empty = T.alloc_barrier([32] * 2), T.alloc_barrier([256] * 2)
             S_full, S_empty = T.alloc_barrier([32]), T.alloc_barrier([320])
-            dS_full, dS_empty = T.alloc_barrier([32]), T.alloc_barrier([192])
+            dS_full, dS_empty = T.alloc_barrier([32]), T.alloc_barrier([320])
             keys_full, keys_empty = T.alloc_barrier([32]), T.alloc_barrier([256])
-            vec_full, vec_empty = T.alloc_barrier([64] * 2), T.alloc_barrier([256] * 2)
-            FH_full, FH_empty = T.alloc_barrier([128]), T.alloc_barrier([128])
-            sums_full, sums_empty = T.alloc_barrier([320]), T.alloc_barrier([32])
+            vec_full, vec_empty = T.alloc_barrier([32] * 2), T.alloc_barrier([288] * 2)
+            diagonal_full, repaired = T.alloc_barrier([256]), T.alloc_barrier([32])
+            sums_full, sums_empty = T.alloc_barrier([288]), T.alloc_barrier([32])
+            T.annotate_layout(
+                {x: swizzled(x) for x in (q_s, k_s, S_s, dS_s)}
+                | {x: make_full_bank_swizzled_layout(x) for x in (X_s, W_s)}
+                | {products: accumulator(2 * C, half)}
+            )
 
             thread = T.get_thread_binding()
+            warp = thread // 32
             items = (tokens // STATE_STRIDE + documents) * groups
             step = T.alloc_var("int32", init=0)  # steps done
             chunk = T.alloc_var("int32", init=0)  # chunks done
-            rows = T.alloc_var("int32", init=0)  # pairs of rows done
-            pairs_done = T.alloc_var("int32", init=0)  # pairs of S, dS done
             place = T.alloc_local((6,), "int32")
             slot = T.alloc_var("int32")
             group = T.alloc_var("int32")
             first = T.alloc_var("int32")
             left = T.alloc_var("int32")  # tokens from the chunk's first to the document's end
 
-            if thread < 128:
-                T.set_max_nreg(budgets[0], 1)
+            if thread < consumers:
+                T.set_max_nreg(216, 1)
                 for turn in T.serial(T.ceildiv(items - worker, workers)):
                     slot = (worker + turn * workers) // groups
                     group = (worker + turn * workers) % groups
@@ -292,213 +340,170 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
                         left = place[LEFT] - c * C
                         if left > 0:
                             T.clear(dQ)
-                            T.clear(f_q)
-                            for member in T.serial(ratio):
-                                head = group * ratio + member
-                                wait(vec_full, step % 2, step // 2 % 2)
-                                T.clear(F)
-                                T.clear(H)
-                                for pair in T.serial(pairs):
-                                    wait(rows_full, rows % 2, rows // 2 % 2)
-                                    T.wgmma_gemm(do_s[rows % 2 * 2, :, :], W_s[rows % 2 * 2, :, :], F, transpose_B=True)
-                                    T.wgmma_gemm(dv_s[rows % 2 * 2, :, :], W_s[rows % 2 * 2, :, :], H, transpose_B=True)
-                                    if pair * 2 + 1 < parts:
-                                        T.wgmma_gemm(
-                                            do_s[rows % 2 * 2 + 1, :, :],
-                                            W_s[rows % 2 * 2 + 1, :, :],
-                                            F,
-                                            transpose_B=True,
-                                        )
-                                        T.wgmma_gemm(
-                                            dv_s[rows % 2 * 2 + 1, :, :],
-                                            W_s[rows % 2 * 2 + 1, :, :],
-                                            H,
-                                            transpose_B=True,
-                                        )
-                                    T.wait_wgmma(0)
-                                    if sweeps == 2:
-                                        arrive(rows_empty, rows % 2)
-                                        rows += 1
-                                for i, j in T.Parallel(C, C):
-                                    picked[i, j] = T.Select(i == j, H[i, j], T.float32(0.0))
-                                T.reduce_sum(picked, rows_q, dim=1)
-                                for i in T.Parallel(C, loop_layout=accumulator_rows()):
-                                    if i < left:
-                                        dbeta[first + i, head] = rows_q[i] / (
-                                            vec[step % 2, BAR, i] * vec[step % 2, OMEGA, i]
-                                        )
-                                for i, j in T.Parallel(C, C):
-                                    picked[i, j] = T.Select(i == j, F[i, j], T.float32(0.0))
-                                T.reduce_sum(picked, rows_q, dim=1)
-                                for i in T.Parallel(C):
-                                    rows_q[i] *= vec[step % 2, ROW_F, i] * vec[step % 2, COLUMN, i]
-                                for i in T.Parallel(C):
-                                    f_q[i] += rows_q[i]
-                                for i, j in T.Parallel(C, C):
-                                    F[i, j] *= vec[step % 2, ROW_F, i]
-                                for i, j in T.Parallel(C, C):
-                                    H[i, j] *= -vec[step % 2, ROW_H, i]
-                                if not folded or vec[step % 2, TOTAL, C - 1] <= -FAR:
-                                    weigh(F, vec, step % 2, TOTAL, SHIFTED)
-                                    weigh(H, vec, step % 2, TOTAL, SHIFTED)
-                                cut(F, C * C // 128, True)
-                                cut(H, C * C // 128, True)
-                                T.copy(F, F_r)
-                                T.copy(H, H_r)
-                                wait(FH_empty, 0, (step + 1) % 2)
-                                T.copy(F_r, F_s)
-                                T.copy(H_r, H_s)
-                                for i in T.Parallel(C, loop_layout=accumulator_rows()):
-                                    f_s[i] = rows_q[i]
-                                release_tiles()
-                                arrive(FH_full, 0)
-                                T.clear(a_f)
-                                for pair in T.serial(pairs):
-                                    if sweeps == 2:
-                                        wait(rows_full, rows % 2, rows // 2 % 2)
-                                    wait(S_full, 0, pairs_done % 2)
-                                    if pair == 0:
-                                        wait(keys_full, 0, chunk % 2)
-                                    advance(
-                                        S_0, W_s, rows % 2 * 2, vec, step % 2, k_s, work_q, operand_q,
-                                        c + 1 < per_item and left > C,
-                                        scratch, worker, member, pair * 2 * part,
-                                    )  # fmt: skip
-                                    T.clear(work_q)
-                                    T.wgmma_gemm(do_s[rows % 2 * 2, :, :], S_0, work_q)
-                                    if pair * 2 + 1 < parts:
-                                        T.wgmma_gemm(do_s[rows % 2 * 2 + 1, :, :], S_1, work_q)
-                                    T.wait_wgmma(0)
-                                    repair(
-                                        dv_again, dv_s, tiny_s, vec, step % 2, rows % 2 * 2,
-                                        first, left, dv_token, head * dv_head, pair * 2 * part,
-                                    )  # fmt: skip
-                                    release_tiles()
-                                    arrive(S_empty, 0)
-                                    arrive(rows_empty, rows % 2)
-                                    for i, j in T.Parallel(C, K):
-                                        work_q[i, j] *= vec[step % 2, ROW_A, i]
-                                    if pair == pairs - 1:
-                                        T.gemm(F_r, k_s, work_q)
-                                    T.copy(q_s, q_f)
-                                    add_products(work_q, q_f, dQ, rows_q)
-                                    for i in T.Parallel(C):
-                                        a_f[i] += rows_q[i]
-                                    rows += 1
-                                    pairs_done += 1
-                                for i in T.Parallel(C):
-                                    square_q[i] = vec[step % 2, CHI_2, i]
-                                wait(sums_empty, 0, (step + 1) % 2)
-                                for i in T.Parallel(C, loop_layout=accumulator_rows()):
-                                    a_s[i] = a_f[i]
-                                release_tiles()
-                                arrive(sums_full, 0)
-                                arrive(vec_empty, step % 2)
-                                step += 1
-                            finish(dQ, f_q, square_q, q_s, k_s, q_f, work_q, rows_q)
-                            release_tiles()
-                            arrive(keys_empty, 0)
-                            for i, j in T.Parallel(C, K):
-                                if i < left:
-                                    dq[(first + i) * dq_token + group * dq_head + j // PIECE, j % PIECE] = dQ[i, j]
-                            chunk += 1
-            elif thread < 256:
-                T.set_max_nreg(budgets[1], 1)
-                for turn in T.serial(T.ceildiv(items - worker, workers)):
-                    slot = (worker + turn * workers) // groups
-                    group = (worker + turn * workers) % groups
-                    locate(cu_seqlens, documents, slot, steps, STATE_STRIDE, place)
-                    for c in T.serial(per_item):
-                        first = place[FIRST] + c * C
-                        left = place[LEFT] - c * C
-                        if left > 0:
                             T.clear(dK)
-                            T.clear(f_k)
+                            T.clear(f_f)
                             for member in T.serial(ratio):
-                                head = group * ratio + member
-                                wait(vec_full, step % 2, step // 2 % 2)
-                                if sweeps == 2:
-                                    for pair in T.serial(pairs):
-                                        wait(rows_full, rows % 2, rows // 2 % 2)
-                                        arrive(rows_empty, rows % 2)
-                                        rows += 1
-                                T.clear(b_f)
-                                T.clear(e_f)
-                                for pair in T.serial(pairs):
-                                    wait(rows_full, rows % 2, rows // 2 % 2)
-                                    wait(dS_full, 0, pairs_done % 2)
-                                    T.clear(work_k)
-                                    T.wgmma_gemm(W_s[rows % 2 * 2, :, :], dS_0, work_k)
-                                    if pair * 2 + 1 < parts:
-                                        T.wgmma_gemm(W_s[rows % 2 * 2 + 1, :, :], dS_1, work_k)
-                                    T.wait_wgmma(0)
-                                    arrive(dS_empty, 0)
-                                    if not folded:
-                                        for i, j in T.Parallel(C, K):
-                                            work_k[i, j] *= vec[step % 2, ROW_E, i]
-                                    if pair == 0:
-                                        wait(keys_full, 0, chunk % 2)
-                                    T.copy(k_s, k_f)
-                                    add_products(work_k, k_f, dK, rows_k)
-                                    for i in T.Parallel(C):
-                                        e_f[i] += rows_k[i]
-                                    wait(S_full, 0, pairs_done % 2)
-                                    if pair * 2 + 1 < parts:
-                                        advance(
-                                            S_1, W_s, rows % 2 * 2 + 1, vec, step % 2, k_s, work_k, operand_k,
-                                            c + 1 < per_item and left > C,
-                                            scratch, worker, member, (pair * 2 + 1) * part,
-                                        )  # fmt: skip
-                                    T.clear(work_k)
-                                    T.wgmma_gemm(dv_s[rows % 2 * 2, :, :], S_0, work_k)
-                                    if pair * 2 + 1 < parts:
-                                        T.wgmma_gemm(dv_s[rows % 2 * 2 + 1, :, :], S_1, work_k)
-                                    T.wait_wgmma(0)
-                                    release_tiles()
-                                    arrive(S_empty, 0)
-                                    arrive(rows_empty, rows % 2)
-                                    for i, j in T.Parallel(C, K):
-                                        work_k[i, j] *= vec[step % 2, ROW_B, i]
-                                    if pair == pairs - 1:
-                                        wait(FH_full, 0, step % 2)
-                                        T.gemm(H_s, k_s, work_k)
-                                    T.copy(k_s, k_f)
-                                    add_products(work_k, k_f, dK, rows_k)
-                                    for i in T.Parallel(C):
-                                        b_f[i] += rows_k[i]
-                                    rows += 1
-                                    pairs_done += 1
-                                T.clear(work_k)
-                                T.wgmma_gemm(F_s, q_s, work_k, transpose_A=True)
-                                T.wgmma_gemm(H_s, k_s, work_k, transpose_A=True)
+                                stage = step % 2
+                                wait(vec_full, stage, step // 2 % 2)
+                                wait(rows_full, stage, step // 2 % 2)
+                                T.wgmma_gemm(
+                                    X_s[stage, :, :], W_s[stage, :, :], P,
+                                    transpose_B=True, clear_accum=True, policy=own_rows,
+                                )  # fmt: skip
                                 T.wait_wgmma(0)
-                                for i in T.Parallel(C):
-                                    f_k[i] += f_s[i]
+                                T.warpgroup_fence_operand(P, num_regs=C // 2)
+                                for i, j in T.Parallel(2 * C, C):
+                                    picked[i, j] = T.Select(i % C == j, P[i, j], T.float32(0.0))
+                                T.reduce_sum(picked, diagonal, dim=1)
+                                for i, j in T.Parallel(2 * C, C):
+                                    P[i, j] *= vec[stage, ROWS_P + i // C, i % C]
+                                if not folded or vec[stage, TOTAL, C - 1] <= -FAR:
+                                    for i, j in T.Parallel(2 * C, C):
+                                        P[i, j] *= exp2(vec[stage, TOTAL, i % C] - vec[stage, SHIFTED, j])
+                                T.warpgroup_fence_operand(P, num_regs=C // 2)
+                                for i, j in T.Parallel(2 * C, C):
+                                    P[i, j] = T.Select(i % C > j, P[i, j], T.float32(0.0))
+                                T.copy(P, P_s)
+                                for i in T.Parallel(2 * C, loop_layout=accumulator_rows(2 * C)):
+                                    diagonal_s[i] = diagonal[i]
                                 release_tiles()
-                                arrive(FH_empty, 0)
-                                add_products(work_k, k_f, dK, rows_k)
-                                for i in T.Parallel(C):
-                                    b_f[i] -= rows_k[i]
-                                for i in T.Parallel(C):
-                                    square_k[i] = vec[step % 2, KAPPA_2, i]
+                                arrive(diagonal_full, 0)
+                                T.sync_threads(1, consumers)
+                                wait(keys_full, 0, chunk % 2)
+                                for i in T.Parallel(2 * C):
+                                    f_f[i] += diagonal_s[i % C] * vec[stage, ROWS_P, i % C] * vec[stage, COLUMN, i % C]
+                                T.wgmma_gemm(P_s[0:C, :], q_s, D, transpose_A=True, clear_accum=True, policy=own_half)
+                                T.wgmma_gemm(P_s[C : 2 * C, :], k_s, D, transpose_A=True, policy=own_half)
+                                wait(dS_full, 0, step % 2)
+                                T.wgmma_gemm(W_s[stage, :, :], dS_s, E, clear_accum=True, policy=own_half)
+                                T.copy(k_s, keys_f)
+                                T.wait_wgmma(1)
+                                T.warpgroup_fence_operand(D, num_regs=half // 2)
+                                for i, j in T.Parallel(C, K):
+                                    dK[i, j] += D[i, j]
+                                T.warpgroup_fence_operand(dK, num_regs=half // 2)  # or D is kept for later
+                                row_sums(D, keys_f, products, d_f)
+                                T.wait_wgmma(0)
+                                T.warpgroup_fence_operand(E, num_regs=half // 2)
+                                arrive(dS_empty, 0)
+                                if not folded:
+                                    for i, j in T.Parallel(C, K):
+                                        E[i, j] *= vec[stage, ROW_E, i]
+                                for i, j in T.Parallel(C, K):
+                                    dK[i, j] += E[i, j]
+                                T.warpgroup_fence_operand(dK, num_regs=half // 2)
+                                row_sums(E, keys_f, products, e_f)
+                                wait(S_full, 0, step % 2)
+                                T.wgmma_gemm(X_s[stage, 0:C, :], S_s, A, clear_accum=True, policy=own_half)
+                                T.wgmma_gemm(X_s[stage, C : 2 * C, :], S_s, B, clear_accum=True, policy=own_half)
+                                T.wait_wgmma(1)
+                                T.warpgroup_fence_operand(A, num_regs=half // 2)
+                                for i, j in T.Parallel(C, K):
+                                    A[i, j] *= vec[stage, ROWS_Y, i]
+                                T.wgmma_gemm(P_s[0:C, :], k_s, A, policy=own_half)
+                                T.wait_wgmma(1)
+                                T.warpgroup_fence_operand(B, num_regs=half // 2)
+                                T.copy(q_s, keys_f)
+                                for i, j in T.Parallel(C, K):
+                                    B[i, j] *= vec[stage, ROWS_Y + 1, i]
+                                T.wgmma_gemm(P_s[C : 2 * C, :], k_s, B, policy=own_half)
+                                T.wait_wgmma(1)
+                                T.warpgroup_fence_operand(A, num_regs=half // 2)
+                                for i, j in T.Parallel(C, K):
+                                    dQ[i, j] += A[i, j]
+                                T.warpgroup_fence_operand(dQ, num_regs=half // 2)
+                                row_sums(A, keys_f, products, y_f)
+                                T.copy(k_s, keys_f)
+                                T.wait_wgmma(0)
+                                T.warpgroup_fence_operand(B, num_regs=half // 2)
+                                T.sync_threads(1, consumers)  # P_s, and these rows of X_s, have been read
+                                for i, j in T.Parallel(C, K):
+                                    dK[i, j] += B[i, j]
+                                T.warpgroup_fence_operand(dK, num_regs=half // 2)
+                                row_sums(B, keys_f, products, sums)
+                                for i in T.Parallel(2 * C):
+                                    y_f[i] += sums[i]
+                                gamma = T.alloc_var("float32")
+                                gamma = T.exp2(vec[stage, TOTAL, C - 1])
+                                T.call_extern("handle", "hold_memory")  # or all of it is loaded too early
+                                T.copy(S_s, state)
+                                for i, j in T.Parallel(width, K):
+                                    state[i, j] *= gamma
+                                if folded:
+                                    T.wgmma_gemm(W_s[stage, :, :], k_s, state, transpose_A=True, policy=own_half)
+                                else:
+                                    for i, j in T.Parallel(width, C):
+                                        operand[i, j] = T.cast(W_s[stage, j, i], "float32") * vec[stage, ROW_E, j]
+                                    T.wgmma_gemm(operand, k_s, state, policy=own_half)
+                                T.wait_wgmma(0)
+                                T.warpgroup_fence_operand(state, num_regs=width * K // 256)
+                                wait(repaired, 0, step % 2)
+                                if c + 1 < per_item and left > C:
+                                    for i, j in T.Parallel(width, K):
+                                        X_s[
+                                            stage, i if width == 2 * C else j // half * C + i,
+                                            j % half if width == C else j // half * 64 + j % half,
+                                        ] = state[i, j]  # fmt: skip
+                                    T.call_extern("handle", "__syncwarp")
+                                    store_state(X_s, stage, scratch, worker, member, warp, thread % 32)
+                                release_tiles()
+                                if member < ratio - 1:
+                                    arrive(rows_empty, stage)
+                                arrive(S_empty, 0)
                                 wait(sums_empty, 0, (step + 1) % 2)
-                                for i in T.Parallel(C, loop_layout=accumulator_rows()):
-                                    b_s[i] = b_f[i]
-                                for i in T.Parallel(C, loop_layout=accumulator_rows()):
+                                for i in T.Parallel(2 * C, loop_layout=accumulator_rows(2 * C)):
+                                    low_s[i] = y_f[i] - d_f[i]
+                                for i in T.Parallel(2 * C, loop_layout=accumulator_rows(2 * C)):
                                     e_s[i] = e_f[i]
                                 release_tiles()
                                 arrive(sums_full, 0)
-                                arrive(vec_empty, step % 2)
+                                if l2norm and member == ratio - 1:
+                                    for i in T.Parallel(2 * C):
+                                        d_f[i] = vec[stage, SQUARES, i % C]
+                                    for i in T.Parallel(2 * C):
+                                        e_f[i] = vec[stage, SQUARES + 1, i % C]
+                                arrive(vec_empty, stage)
                                 step += 1
-                            finish(dK, f_k, square_k, k_s, q_s, k_f, work_k, rows_k)
+                            for i in T.Parallel(2 * C):
+                                f_f[i] = -f_f[i]
+                            T.copy(k_s, keys_f)
+                            T.copy(q_s, other_f)
                             release_tiles()
                             arrive(keys_empty, 0)
-                            for i, j in T.Parallel(C, K):
-                                if i < left:
-                                    dk[(first + i) * dk_token + group * dk_head + j // PIECE, j % PIECE] = dK[i, j]
+                            subtract(dQ, f_f, keys_f)
+                            subtract(dK, f_f, other_f)
+                            if l2norm:
+                                row_sums(dQ, other_f, products, sums)
+                                for i in T.Parallel(2 * C, loop_layout=accumulator_rows(2 * C)):
+                                    squares_s[0, i] = sums[i]
+                                row_sums(dK, keys_f, products, sums)
+                                for i in T.Parallel(2 * C, loop_layout=accumulator_rows(2 * C)):
+                                    squares_s[1, i] = sums[i]
+                            T.sync_threads(1, consumers)
+                            if l2norm:
+                                for i in T.Parallel(2 * C):
+                                    d_f[i] *= squares_s[0, i % C] + squares_s[0, C + i % C]
+                                for i in T.Parallel(2 * C):
+                                    e_f[i] *= squares_s[1, i % C] + squares_s[1, C + i % C]
+                                subtract(dQ, d_f, other_f)
+                                subtract(dK, e_f, keys_f)
+                            for x, target, token_step, head_step in (
+                                (dQ, dq, dq_token, dq_head),
+                                (dK, dk, dk_token, dk_head),
+                            ):
+                                for i, j in T.Parallel(C, K):
+                                    X_s[(step + 1) % 2, j // half * C + i, j % half] = x[i, j]
+                                T.call_extern("handle", "__syncwarp")
+                                store_rows(
+                                    X_s, (step + 1) % 2, target, first, left, token_step, group * head_step, warp,
+                                    thread % 32,
+                                )  # fmt: skip
+                                T.call_extern("handle", "__syncwarp")
+                            release_tiles()
+                            arrive(rows_empty, (step + 1) % 2)
                             chunk += 1
             else:
-                T.set_max_nreg(56, 0)
+                T.set_max_nreg(72, 0)  # launched with 168 each, which is all there is to share
                 if thread < 256 + 32:
                     for turn in T.serial(T.ceildiv(items - worker, workers)):
                         slot = (worker + turn * workers) // groups
@@ -510,38 +515,38 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
                             if left > 0:
                                 for member in T.serial(ratio):
                                     head = group * ratio + member
-                                    for load in T.serial(pairs * sweeps):
-                                        now = load % pairs
-                                        wait(rows_empty, rows % 2, (rows // 2 + 1) % 2)
-                                        for p in T.unroll(2):
-                                            if now * 2 + p < parts:
-                                                columns = (now * 2 + p) * part
-                                                bring_rows(do, do_s, rows_full, rows, p, first, head, columns, left)
-                                                bring_rows(W, W_s, rows_full, rows, p, first, head, columns, left)
-                                                bring_rows(dv, dv_s, rows_full, rows, p, first, head, columns, left)
-                                        arrive(rows_full, rows % 2)
-                                        rows += 1
-                                        if load >= pairs * (sweeps - 1):
-                                            start = now * 2 * part
-                                            both = now * 2 + 1 < parts
-                                            index = place[BASE] + c
-                                            wait(dS_empty, 0, (pairs_done + 1) % 2)
-                                            bring_states(d_states, index, head, start, both, dS_0, dS_1, dS_full)
-                                            arrive(dS_full, 0)
-                                            wait(S_empty, 0, (pairs_done + 1) % 2)
-                                            if c == 0:
-                                                bring_kept(
-                                                    states, first_states, slot, place[0],
-                                                    T.cast(place[FIRST] == cu_seqlens[place[0]], "int32"), with_first,
-                                                    head, start, both, S_0, S_1, S_full,
-                                                )  # fmt: skip
-                                            else:
-                                                acquire_stores()
-                                                bring_states(scratch, worker, member, start, both, S_0, S_1, S_full)
-                                            arrive(S_full, 0)
-                                            pairs_done += 1
-                elif thread < 256 + 96:
-                    u = thread - 288
+                                    stage = step % 2
+                                    wait(rows_empty, stage, (step // 2 + 1) % 2)
+                                    bring_rows(X_s, stage, 0, do, rows_full, first, head, left)
+                                    bring_rows(X_s, stage, C, dv, rows_full, first, head, left)
+                                    bring_rows(W_s, stage, 0, W, rows_full, first, head, left)
+                                    arrive(rows_full, stage)
+                                    wait(dS_empty, 0, (step + 1) % 2)
+                                    bring_state(d_states, place[BASE] + c, head, dS_s, dS_full)
+                                    arrive(dS_full, 0)
+                                    wait(S_empty, 0, (step + 1) % 2)
+                                    if c == 0:
+                                        if place[FIRST] == cu_seqlens[place[0]]:
+                                            bring_state(first_states, place[0] * with_first, head, S_s, S_full)
+                                        else:
+                                            bring_state(states, slot - place[0] - 1, head, S_s, S_full)
+                                    else:
+                                        acquire_stores()
+                                        bring_state(scratch, worker, member, S_s, S_full)
+                                    arrive(S_full, 0)
+                                    step += 1
+                                    if member == 0:
+                                        wait(keys_empty, 0, (chunk + 1) % 2)
+                                        bring_keys(q_s, q, keys_full, first, group, left)
+                                        bring_keys(k_s, k, keys_full, first, group, left)
+                                        arrive(keys_full, 0)
+                                        chunk += 1
+                                        if c + 1 < per_item:
+                                            fetch_keys(q, first + C, group, left - C, thread % 32)
+                                            fetch_keys(k, first + C, group, left - C, thread % 32)
+                elif thread < 256 + 64:
+                    lane = thread - 288
+                    chi, kappa = T.alloc_local((2,), "float32"), T.alloc_local((2,), "float32")
                     for turn in T.serial(T.ceildiv(items - worker, workers)):
                         slot = (worker + turn * workers) // groups
                         group = (worker + turn * workers) % groups
@@ -549,65 +554,88 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
                         for c in T.serial(per_item):
                             left = place[LEFT] - c * C
                             if left > 0:
-                                chi = T.alloc_var("float32")
-                                kappa = T.alloc_var("float32")
-                                chi = norms[place[BASE] + c, group, 0, u]
-                                kappa = norms[place[BASE] + c, group, 1, u]
+                                for h in T.unroll(2):
+                                    chi[h] = norms[place[BASE] + c, group, 0, lane + h * 32]
+                                    kappa[h] = norms[place[BASE] + c, group, 1, lane + h * 32]
                                 for member in T.serial(ratio):
                                     head = group * ratio + member
-                                    total = gates[place[BASE] + c, head, 0, u] * LOG2E
-                                    beta = gates[place[BASE] + c, head, 1, u]
+                                    stage = step % 2
                                     whole = gates[place[BASE] + c, head, 0, C - 1] * LOG2E
-                                    gamma_C = T.exp2(whole)
-                                    rho = T.exp2(whole - total)
-                                    bar = T.max(beta, BETA_MIN[dtype])
-                                    tiny = T.any_sync(beta < bar)
-                                    kappa_fix = kappa * beta / bar
-                                    omega = T.alloc_var("float32")
-                                    omega = weight_of_W(beta, rho, kappa, dtype)
-                                    column = T.alloc_var("float32")
-                                    decay = T.alloc_var("float32")
-                                    column = kappa * beta / omega
-                                    decay = 1.0
-                                    wait(vec_empty, step % 2, (step // 2 + 1) % 2)
-                                    vec[step % 2, TOTAL, u] = total
-                                    vec[step % 2, SHIFTED, u] = total - T.log2(column)
-                                    vec[step % 2, ROW_E, u] = rho * column
-                                    if folded and whole > -FAR:  # then u is 1/ρ, and Γ_ij u_j depends on i alone
-                                        decay = T.exp2(total - whole)
-                                        column = 1.0
-                                    vec[step % 2, COLUMN, u] = column
-                                    vec[step % 2, ROW_H, u] = kappa_fix * decay
-                                    vec[step % 2, OMEGA, u] = omega
-                                    vec[step % 2, ROW_F, u] = scale * chi * decay
-                                    vec[step % 2, ROW_A, u] = scale * chi * T.exp2(total)
-                                    vec[step % 2, ROW_B, u] = -T.exp2(total) * kappa_fix
-                                    vec[step % 2, CHI_2, u] = chi * chi
-                                    vec[step % 2, KAPPA_2, u] = kappa * kappa
-                                    vec[step % 2, BETA, u] = beta
-                                    vec[step % 2, BAR, u] = bar
-                                    if u % 32 == 0:
-                                        tiny_s[step % 2, u // 32] = tiny
-                                    arrive(vec_full, step % 2)
-                                    for x in T.unroll(4):
+                                    wait(vec_empty, stage, (step // 2 + 1) % 2)
+                                    for h in T.unroll(2):
+                                        u = lane + h * 32
+                                        total = gates[place[BASE] + c, head, 0, u] * LOG2E
+                                        beta = gates[place[BASE] + c, head, 1, u]
+                                        rho = T.exp2(whole - total)
+                                        bar = T.max(beta, BETA_MIN[dtype])
+                                        tiny = T.any_sync(beta < bar)
+                                        kappa_fix = kappa[h] * beta / bar
+                                        omega = T.alloc_var("float32")
+                                        omega = weight_of_W(beta, rho, kappa[h], dtype)
+                                        column = T.alloc_var("float32")
+                                        decay = T.alloc_var("float32")
+                                        column = kappa[h] * beta / omega
+                                        decay = 1.0
+                                        vec[stage, TOTAL, u] = total
+                                        vec[stage, SHIFTED, u] = total - T.log2(column)
+                                        vec[stage, ROW_E, u] = rho * column
+                                        if folded and whole > -FAR:  # then u is 1/ρ, and Γ_ij u_j depends on i alone
+                                            decay = T.exp2(total - whole)
+                                            column = 1.0
+                                        vec[stage, COLUMN, u] = column
+                                        vec[stage, ROWS_P, u] = scale * chi[h] * decay
+                                        vec[stage, ROWS_P + 1, u] = -kappa_fix * decay
+                                        vec[stage, OMEGA, u] = omega
+                                        vec[stage, ROWS_Y, u] = scale * chi[h] * T.exp2(total)
+                                        vec[stage, ROWS_Y + 1, u] = -T.exp2(total) * kappa_fix
+                                        vec[stage, SQUARES, u] = chi[h] * chi[h]
+                                        vec[stage, SQUARES + 1, u] = kappa[h] * kappa[h]
+                                        vec[stage, BETA, u] = beta
+                                        vec[stage, BAR, u] = bar
+                                        if lane == 0:
+                                            tiny_s[stage, h] = tiny
+                                    arrive(vec_full, stage)
+                                    step += 1
+                elif thread < 256 + 96:
+                    lane = thread - 320
+                    for turn in T.serial(T.ceildiv(items - worker, workers)):
+                        slot = (worker + turn * workers) // groups
+                        group = (worker + turn * workers) % groups
+                        locate(cu_seqlens, documents, slot, steps, STATE_STRIDE, place)
+                        for c in T.serial(per_item):
+                            first = place[FIRST] + c * C
+                            left = place[LEFT] - c * C
+                            if left > 0:
+                                for member in T.serial(ratio):
+                                    head = group * ratio + member
+                                    stage = step % 2
+                                    wait(vec_full, stage, step // 2 % 2)
+                                    wait(diagonal_full, 0, step % 2)
+                                    for h in T.unroll(2):
+                                        u = lane + h * 32
+                                        if u < left:
+                                            dbeta[first + u, head] = diagonal_s[C + u] / (
+                                                vec[stage, BAR, u] * vec[stage, OMEGA, u]
+                                            )
+                                    for x in T.unroll(16):
                                         inside[x] = 0.0
-                                    for pair in T.serial(pairs):
-                                        wait(dS_full, 0, pairs_done % 2)
-                                        wait(S_full, 0, pairs_done % 2)
-                                        add_inner(S_0, dS_0, inside, s_16, ds_16, u)
-                                        if pair * 2 + 1 < parts:
-                                            add_inner(S_1, dS_1, inside, s_16, ds_16, u)
-                                        release_tiles()
-                                        arrive(dS_empty, 0)
-                                        arrive(S_empty, 0)
-                                        pairs_done += 1
-                                    inside[0] += inside[1] + inside[2] + inside[3]
-                                    for distance in T.unroll(5):
-                                        inside[0] += T.shfl_xor(inside[0], 16 >> distance)
+                                    wait(rows_full, stage, step // 2 % 2)
+                                    repair(
+                                        dv_again, X_s, tiny_s, vec, stage, first, left, dv_token, head * dv_head, lane
+                                    )
+                                    release_tiles()
+                                    arrive(repaired, 0)
+                                    take_inner(
+                                        S_s, dS_s, left_16, right_16, inside, 0, lane, dS_full, dS_empty, S_full,
+                                        S_empty, step,
+                                    )  # fmt: skip
+                                    sum_inner(inside, lane)
                                     wait(sums_empty, 0, (step + 1) % 2)
-                                    if u % 32 == 0:
-                                        inner_s[u // 32] = inside[0] * gamma_C
+                                    if lane == 0:
+                                        inner_s[0] = inside[0] * T.exp2(vec[stage, TOTAL, C - 1])
+                                    release_tiles()
                                     arrive(sums_full, 0)
+                                    arrive(vec_empty, stage)
                                     step += 1
                 else:
                     lane = thread - 352
@@ -619,23 +647,23 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
                             first = place[FIRST] + c * C
                             left = place[LEFT] - c * C
                             if left > 0:
-                                wait(keys_empty, 0, (chunk + 1) % 2)
-                                if left >= C:
-                                    T.tma_copy(k[first : first + C, group, :], k_s, barrier=keys_full[0])
-                                    T.tma_copy(q[first : first + C, group, :], q_s, barrier=keys_full[0])
-                                else:
-                                    load_tail(k_s, None, k, first, group, 0, left, K)
-                                    load_tail(q_s, None, q, first, group, 0, left, K)
-                                arrive(keys_full, 0)
-                                chunk += 1
                                 for member in T.serial(ratio):
+                                    for x in T.unroll(16):
+                                        inside[x] = 0.0
+                                    take_inner(
+                                        S_s, dS_s, left_16, right_16, inside, 1, lane, dS_full, dS_empty, S_full,
+                                        S_empty, step,
+                                    )  # fmt: skip
+                                    sum_inner(inside, lane)
+                                    head = group * ratio + member
+                                    inside[0] *= T.exp2(gates[place[BASE] + c, head, 0, C - 1] * LOG2E)
                                     wait(sums_full, 0, step % 2)
                                     # tokens `lane` and `lane + 32`: [0] summed from the end, [1] from the start
-                                    low[0] = a_s[lane] + b_s[lane]
-                                    high[0] = a_s[lane + 32] + b_s[lane + 32]
-                                    low[1] = e_s[lane]
-                                    high[1] = e_s[lane + 32]
-                                    inside[0] = inner_s[0] + inner_s[1]
+                                    low[0] = low_s[lane] + low_s[lane + C]
+                                    high[0] = low_s[lane + 32] + low_s[lane + 32 + C]
+                                    low[1] = e_s[lane] + e_s[lane + C]
+                                    high[1] = e_s[lane + 32] + e_s[lane + 32 + C]
+                                    inside[0] += inner_s[0]
                                     release_tiles()
                                     arrive(sums_empty, 0)
                                     for power in T.unroll(5):
@@ -656,7 +684,6 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
                                     if lane == 0:
                                         moved[2] = 0.0
                                         moved[3] = 0.0
-                                    head = group * ratio + member
                                     if lane < left:
                                         dg[first + lane, head] = low[0] + moved[0] + inside[0] + moved[2]
                                     if lane + 32 < left:

@@ -4,8 +4,9 @@ A specialisation is (kernel, what its maker takes). Lengths, batch, heads and st
 needs five kernels whatever its batches look like.
 """
 
-from qlakernels.compiled import add_kernels
+from qlakernels.compiled import UNIFORM_WARPGROUPS, add_kernels
 
+MOST_VALUES = 128  # of a head, in `gradients`
 MAKERS = {
     "boundaries": "boundaries.boundaries_kernel",
     "decay": "reach.decay_kernel",
@@ -19,6 +20,7 @@ MAKERS = {
     "forward": "forward.forward_kernel",
     "reverse": "reverse.reverse_kernel",
     "gradients": "gradients.gradients_kernel",
+    "gradients_wide": "gradients_wide.gradients_kernel",
     "gate_gradients": "gate_gradients.gate_gradients_kernel",
 }
 
@@ -32,9 +34,11 @@ IN_SEGMENTS = [name + suffix for name in ("prepare", "segments", "stitch") for s
 add_kernels(
     __name__,
     MAKERS,
-    pass_configs=dict.fromkeys(("forward", "reverse", "gradients"), SHORT) | dict.fromkeys(IN_SEGMENTS, BY_HAND),
+    pass_configs=dict.fromkeys(("forward", "reverse", "gradients_wide"), SHORT)
+    | {"gradients": SHORT | {UNIFORM_WARPGROUPS: True}}
+    | dict.fromkeys(IN_SEGMENTS, BY_HAND),
     host=("operator", "constants", "resources"),
-    slowest=("gradients",),
+    slowest=("gradients", "gradients_wide"),
 )
 
 
@@ -52,7 +56,8 @@ def specialisations(
     needed = {"boundaries": ("boundaries",), "forward": ("forward", *scan, keep)}
     if keep:
         needed["reverse"] = ("reverse", *scan)
-        needed["gradients"] = ("gradients", key_dim, value_dim, dtype, l2norm)
+        gradients = "gradients" if value_dim <= MOST_VALUES else "gradients_wide"
+        needed["gradients"] = (gradients, key_dim, value_dim, dtype, l2norm)
         if gate or sigmoid:
             needed["gate_gradients"] = ("gate_gradients", gate, sigmoid, raw_dtype, beta_dtype)
     if cut:

@@ -21,11 +21,10 @@ from qlakernels.gated_delta_rule.hopper.kernels import rows_of_many_scans, speci
 from qlakernels.gated_delta_rule.hopper.sizes import (
     CHUNK,
     GATE_TOKENS,
-    PART,
     PIECE,
     STATE_STRIDE,
     VECTORS,
-    value_parts,
+    padded_values,
 )
 from qlakernels.operators import below_autograd, define, differentiate, differentiate_no_further, name_of
 
@@ -454,7 +453,7 @@ def _backward(
     )
     with_first = first_states.numel() > 0
     workers = _multiprocessors(q.device)
-    scratch = q.new_empty(workers, ratio, value_parts(value_dim) * PART, key_dim)
+    scratch = q.new_empty(workers, ratio, padded_values(value_dim), key_dim)
     launch["gradients"](
         q,
         k,

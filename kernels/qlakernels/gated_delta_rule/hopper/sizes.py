@@ -11,3 +11,8 @@ GATE_TOKENS = 64  # that a block of the gates' gradients sums up
 def value_parts(value_dim: int) -> int:
     """Parts of V in the gradients' kernel."""
     return -(-value_dim // PART)
+
+
+def padded_values(value_dim: int) -> int:
+    """Columns of V in its tiles: a whole number of parts, 1, 2 or, in the kernel for many values, more."""
+    return PART * value_parts(value_dim)
