@@ -51,6 +51,7 @@ def main(config: BenchKernelsConfig) -> None:
     write_aside(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
     ceilings = Ceilings.measure(device, getattr(torch, grid.dtype))
     results = Results(device_name, [], ceilings, environment=environment(), config=asdict(config))
+    pictures = {"speed": run_dir / "speed.png", "roofline": run_dir / "roofline.png"}
     report = BenchReport(console, len(shapes) * len(bench.operators), len(grid.backends))
     report.banner(config.run.name, run_dir, device_name, ceilings)
 
@@ -61,6 +62,9 @@ def main(config: BenchKernelsConfig) -> None:
             report.timed(rows)
             results.rows += rows
             results.write(run_dir)  # whatever happens later, this much is there
+            with writing(run_dir):
+                plot_speed(results, pictures["speed"])
+                plot_roofline(results, pictures["roofline"])
         if bench.cold_start:
             able = [row.backend for row in results.rows if row.operator == operator and row.status == "ok"]
             for backend in dict.fromkeys(able):
@@ -68,10 +72,6 @@ def main(config: BenchKernelsConfig) -> None:
 
     # ---------------------------------------------------------------- what came out
     results.write(run_dir)
-    pictures = {"speed": run_dir / "speed.png", "roofline": run_dir / "roofline.png"}
-    with writing(run_dir):
-        plot_speed(results, pictures["speed"])
-        plot_roofline(results, pictures["roofline"])
     report.tables(results.rows, grid.baseline, results.cold_starts)
     if tracker.note:
         console.note(tracker.note)

@@ -3,6 +3,8 @@
 import csv
 import json
 import re
+import signal
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -119,6 +121,22 @@ def test_wandb_holds_table_charts_pictures_and_summary(run):
     assert {key: summary[key] for key in milliseconds} == milliseconds
     assert f"gdn/bwd/{SHAPES[1]}/torch/fraction_of_floor" in summary
     assert not any("tilelang" in key for key in summary)
+
+
+def test_a_run_that_is_cut_off_leaves_files_and_pictures_of_what_was_measured(tmp_path):
+    run_dir = tmp_path / "run"
+    shapes = "bench.cpu.shapes=[2x64 1/2 8/16,8x65536 2/2 64/64]"  # the second takes minutes
+    arguments = ["--config-name", "bench_kernels", shapes, "bench.repeats=3", "bench.warmup=1", f"run.dir={run_dir}"]
+    running = Running(arguments, tmp_path / "output", {}, None)
+    deadline = time.monotonic() + 60
+    while not (run_dir / "roofline.png").exists():
+        assert running.process.is_alive() and time.monotonic() < deadline, running.err.read_text()
+        time.sleep(0.01)
+    running.send(signal.SIGKILL)
+    assert running.wait().code == -signal.SIGKILL
+    assert {row.shape for row in Results.read(run_dir / "results.json").rows} == {"2x64 1/2 8/16"}
+    for name in ("speed.png", "roofline.png"):
+        assert (run_dir / name).read_bytes().endswith(b"IEND\xaeB`\x82")
 
 
 def test_comparison(run, bench, tmp_path):
