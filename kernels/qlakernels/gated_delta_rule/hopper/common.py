@@ -17,7 +17,7 @@ from tilelang.cuda.intrinsics.macro.wgmma_macro_generator import (
 from tilelang.layout import Fragment, make_full_bank_swizzled_layout, make_half_bank_swizzled_layout
 from tvm import DataType
 
-from qlakernels.gated_delta_rule.hopper.sizes import CHUNK, PIECE
+from qlakernels.gated_delta_rule.hopper.sizes import CHUNK, PIECE, STATE_STRIDE
 
 if tilelang.__version__.startswith("0.1.15"):
     # It fences the accumulators of all warpgroups in each of them, which reads past the end of a thread's registers
@@ -42,14 +42,14 @@ __device__ __forceinline__ void sync_warpgroup(int barrier) {
   asm volatile("bar.sync %0, 128;" ::"r"(barrier) : "memory");
 }
 __device__ __forceinline__ void hold_memory() { asm volatile("" ::: "memory"); }
-__device__ __forceinline__ void copy_or_clear(void* shared, const void* global, int bytes) {
-  unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(bytes) : "memory");
-}
-__device__ __forceinline__ void await_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 __device__ __forceinline__ unsigned shared_address(const void* shared) {
   return static_cast<unsigned>(__cvta_generic_to_shared(shared));
 }
+__device__ __forceinline__ void copy_or_clear(void* shared, const void* global, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+               ::"r"(shared_address(shared)), "l"(global), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void await_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 __device__ __forceinline__ void load_matrices(void* block, unsigned address) {
   unsigned* x = static_cast<unsigned*>(block);
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -123,6 +123,14 @@ def locate(cu_seqlens, documents, slot, steps, stride, place):
     place[FIRST] = place[2] + place[1] * stride
     place[LEFT] = cu_seqlens[place[0] + 1] - place[FIRST]
     place[BASE] = place[2] // CHUNK + place[0] + place[1] * (stride // CHUNK)
+
+
+@T.macro
+def take_item(cu_seqlens, documents, item, groups, steps, slot: T.Ref, group: T.Ref, place):
+    """What a persistent block takes: slot ← that of STATE_STRIDE tokens, group ← the key head, place as `locate`."""
+    slot = item // groups
+    group = item % groups  # noqa: F841
+    locate(cu_seqlens, documents, slot, steps, STATE_STRIDE, place)
 
 
 LENGTH, OPENS, CLOSES = 1, 2, 6  # what `take_segment` leaves in `place` besides

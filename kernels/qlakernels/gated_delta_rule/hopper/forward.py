@@ -18,7 +18,7 @@ other. Its other warpgroups:
                  one consumer there are two, which take turns, as one of them takes longer than the consumer
     producer     one warp brings tiles (TMA), three make the other vectors
 
-k, q and the vectors have three stages: one being loaded, one with the auxiliary, one with the consumers. N and P have
+k and the vectors have three stages: one being loaded, one with the auxiliary, one with the consumers. q, N and P have
 two. v has one, which is free again early in the chunk.
 
 Registers of a consumer: S 64, its rounded copy 32, X 32, O 32, v 16: 184 of what two consumers leave, see REGISTERS.

@@ -50,7 +50,7 @@ from tilelang.layout import (
     make_quarter_bank_swizzled_layout,
 )
 
-from qlakernels.gated_delta_rule.hopper.chunk import FAR, multiply
+from qlakernels.gated_delta_rule.hopper.chunk import FAR, multiply, store_dg, sum_over_tokens
 from qlakernels.gated_delta_rule.hopper.common import (
     BASE,
     BETA_MIN,
@@ -64,8 +64,8 @@ from qlakernels.gated_delta_rule.hopper.common import (
     exp2,
     folds_decay,
     load_tail,
-    locate,
     release_tiles,
+    take_item,
     wait,
     weight_of_W,
 )
@@ -332,9 +332,7 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
             if thread < consumers:
                 T.set_max_nreg(216, 1)
                 for turn in T.serial(T.ceildiv(items - worker, workers)):
-                    slot = (worker + turn * workers) // groups
-                    group = (worker + turn * workers) % groups
-                    locate(cu_seqlens, documents, slot, steps, STATE_STRIDE, place)
+                    take_item(cu_seqlens, documents, worker + turn * workers, groups, steps, slot, group, place)
                     for c in T.serial(per_item):
                         first = place[FIRST] + c * C
                         left = place[LEFT] - c * C
@@ -506,9 +504,7 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
                 T.set_max_nreg(72, 0)  # launched with 168 each, which is all there is to share
                 if thread < 256 + 32:
                     for turn in T.serial(T.ceildiv(items - worker, workers)):
-                        slot = (worker + turn * workers) // groups
-                        group = (worker + turn * workers) % groups
-                        locate(cu_seqlens, documents, slot, steps, STATE_STRIDE, place)
+                        take_item(cu_seqlens, documents, worker + turn * workers, groups, steps, slot, group, place)
                         for c in T.serial(per_item):
                             first = place[FIRST] + c * C
                             left = place[LEFT] - c * C
@@ -548,9 +544,7 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
                     lane = thread - 288
                     chi, kappa = T.alloc_local((2,), "float32"), T.alloc_local((2,), "float32")
                     for turn in T.serial(T.ceildiv(items - worker, workers)):
-                        slot = (worker + turn * workers) // groups
-                        group = (worker + turn * workers) % groups
-                        locate(cu_seqlens, documents, slot, steps, STATE_STRIDE, place)
+                        take_item(cu_seqlens, documents, worker + turn * workers, groups, steps, slot, group, place)
                         for c in T.serial(per_item):
                             left = place[LEFT] - c * C
                             if left > 0:
@@ -599,9 +593,7 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
                 elif thread < 256 + 96:
                     lane = thread - 320
                     for turn in T.serial(T.ceildiv(items - worker, workers)):
-                        slot = (worker + turn * workers) // groups
-                        group = (worker + turn * workers) % groups
-                        locate(cu_seqlens, documents, slot, steps, STATE_STRIDE, place)
+                        take_item(cu_seqlens, documents, worker + turn * workers, groups, steps, slot, group, place)
                         for c in T.serial(per_item):
                             first = place[FIRST] + c * C
                             left = place[LEFT] - c * C
@@ -640,9 +632,7 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
                 else:
                     lane = thread - 352
                     for turn in T.serial(T.ceildiv(items - worker, workers)):
-                        slot = (worker + turn * workers) // groups
-                        group = (worker + turn * workers) % groups
-                        locate(cu_seqlens, documents, slot, steps, STATE_STRIDE, place)
+                        take_item(cu_seqlens, documents, worker + turn * workers, groups, steps, slot, group, place)
                         for c in T.serial(per_item):
                             first = place[FIRST] + c * C
                             left = place[LEFT] - c * C
@@ -666,28 +656,8 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
                                     inside[0] += inner_s[0]
                                     release_tiles()
                                     arrive(sums_empty, 0)
-                                    for power in T.unroll(5):
-                                        moved[0] = T.shfl_down(low[0], 1 << power)
-                                        moved[1] = T.shfl_down(high[0], 1 << power)
-                                        moved[2] = T.shfl_up(low[1], 1 << power)
-                                        moved[3] = T.shfl_up(high[1], 1 << power)
-                                        if lane + (1 << power) < 32:
-                                            low[0] += moved[0]
-                                            high[0] += moved[1]
-                                        if lane >= (1 << power):
-                                            low[1] += moved[2]
-                                            high[1] += moved[3]
-                                    moved[0] = T.shfl_sync(high[0], 0)
-                                    moved[1] = T.shfl_sync(low[1], 31)
-                                    moved[2] = T.shfl_up(low[1], 1)
-                                    moved[3] = T.shfl_up(high[1], 1)
-                                    if lane == 0:
-                                        moved[2] = 0.0
-                                        moved[3] = 0.0
-                                    if lane < left:
-                                        dg[first + lane, head] = low[0] + moved[0] + inside[0] + moved[2]
-                                    if lane + 32 < left:
-                                        dg[first + lane + 32, head] = high[0] + inside[0] + moved[1] + moved[3]
+                                    sum_over_tokens(low, high, moved, lane)
+                                    store_dg(dg, first, left, head, low, high, inside, moved, lane)
                                     step += 1
 
     return gradients

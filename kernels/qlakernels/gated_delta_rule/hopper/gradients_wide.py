@@ -40,7 +40,7 @@ Shared memory at K = V = 128: rows 96 KB, S 32, dS 32, q and k 32, F and H 16, v
 
 import tilelang.language as T
 
-from qlakernels.gated_delta_rule.hopper.chunk import FAR, cut, weigh
+from qlakernels.gated_delta_rule.hopper.chunk import FAR, cut, store_dg, sum_over_tokens, weigh
 from qlakernels.gated_delta_rule.hopper.common import (
     BASE,
     BETA_MIN,
@@ -53,8 +53,8 @@ from qlakernels.gated_delta_rule.hopper.common import (
     arrive,
     folds_decay,
     load_tail,
-    locate,
     release_tiles,
+    take_item,
     wait,
     weight_of_W,
 )
@@ -285,9 +285,7 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
             if thread < 128:
                 T.set_max_nreg(budgets[0], 1)
                 for turn in T.serial(T.ceildiv(items - worker, workers)):
-                    slot = (worker + turn * workers) // groups
-                    group = (worker + turn * workers) % groups
-                    locate(cu_seqlens, documents, slot, steps, STATE_STRIDE, place)
+                    take_item(cu_seqlens, documents, worker + turn * workers, groups, steps, slot, group, place)
                     for c in T.serial(per_item):
                         first = place[FIRST] + c * C
                         left = place[LEFT] - c * C
@@ -406,9 +404,7 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
             elif thread < 256:
                 T.set_max_nreg(budgets[1], 1)
                 for turn in T.serial(T.ceildiv(items - worker, workers)):
-                    slot = (worker + turn * workers) // groups
-                    group = (worker + turn * workers) % groups
-                    locate(cu_seqlens, documents, slot, steps, STATE_STRIDE, place)
+                    take_item(cu_seqlens, documents, worker + turn * workers, groups, steps, slot, group, place)
                     for c in T.serial(per_item):
                         first = place[FIRST] + c * C
                         left = place[LEFT] - c * C
@@ -502,9 +498,7 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
                 T.set_max_nreg(56, 0)
                 if thread < 256 + 32:
                     for turn in T.serial(T.ceildiv(items - worker, workers)):
-                        slot = (worker + turn * workers) // groups
-                        group = (worker + turn * workers) % groups
-                        locate(cu_seqlens, documents, slot, steps, STATE_STRIDE, place)
+                        take_item(cu_seqlens, documents, worker + turn * workers, groups, steps, slot, group, place)
                         for c in T.serial(per_item):
                             first = place[FIRST] + c * C
                             left = place[LEFT] - c * C
@@ -544,9 +538,7 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
                 elif thread < 256 + 96:
                     u = thread - 288
                     for turn in T.serial(T.ceildiv(items - worker, workers)):
-                        slot = (worker + turn * workers) // groups
-                        group = (worker + turn * workers) % groups
-                        locate(cu_seqlens, documents, slot, steps, STATE_STRIDE, place)
+                        take_item(cu_seqlens, documents, worker + turn * workers, groups, steps, slot, group, place)
                         for c in T.serial(per_item):
                             left = place[LEFT] - c * C
                             if left > 0:
@@ -613,9 +605,7 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
                 else:
                     lane = thread - 352
                     for turn in T.serial(T.ceildiv(items - worker, workers)):
-                        slot = (worker + turn * workers) // groups
-                        group = (worker + turn * workers) % groups
-                        locate(cu_seqlens, documents, slot, steps, STATE_STRIDE, place)
+                        take_item(cu_seqlens, documents, worker + turn * workers, groups, steps, slot, group, place)
                         for c in T.serial(per_item):
                             first = place[FIRST] + c * C
                             left = place[LEFT] - c * C
@@ -639,29 +629,9 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
                                     inside[0] = inner_s[0] + inner_s[1]
                                     release_tiles()
                                     arrive(sums_empty, 0)
-                                    for power in T.unroll(5):
-                                        moved[0] = T.shfl_down(low[0], 1 << power)
-                                        moved[1] = T.shfl_down(high[0], 1 << power)
-                                        moved[2] = T.shfl_up(low[1], 1 << power)
-                                        moved[3] = T.shfl_up(high[1], 1 << power)
-                                        if lane + (1 << power) < 32:
-                                            low[0] += moved[0]
-                                            high[0] += moved[1]
-                                        if lane >= (1 << power):
-                                            low[1] += moved[2]
-                                            high[1] += moved[3]
-                                    moved[0] = T.shfl_sync(high[0], 0)
-                                    moved[1] = T.shfl_sync(low[1], 31)
-                                    moved[2] = T.shfl_up(low[1], 1)
-                                    moved[3] = T.shfl_up(high[1], 1)
-                                    if lane == 0:
-                                        moved[2] = 0.0
-                                        moved[3] = 0.0
+                                    sum_over_tokens(low, high, moved, lane)
                                     head = group * ratio + member
-                                    if lane < left:
-                                        dg[first + lane, head] = low[0] + moved[0] + inside[0] + moved[2]
-                                    if lane + 32 < left:
-                                        dg[first + lane + 32, head] = high[0] + inside[0] + moved[1] + moved[3]
+                                    store_dg(dg, first, left, head, low, high, inside, moved, lane)
                                     step += 1
 
     return gradients
