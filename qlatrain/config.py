@@ -149,6 +149,15 @@ class StepConfig:
     recompute_convolution: bool = False  # keep no convolved queries and keys: 4 Hk K bytes a token and GDN layer less
     gradient_dtype: str = "float32"  # of the blocks' matrices: float32 | bfloat16, rounded as autocast does
 
+    def described(self) -> str:
+        """`mixed precision bf16, compiled, …`: what a step's speed and memory depend on."""
+        said = [f"mixed precision {self.mixed_precision}", "compiled" if self.compile else "eager"]
+        said += ["activation checkpointing"] * self.activation_checkpointing
+        said += ["MLPs recomputed"] * self.recompute_mlp
+        said += ["convolutions recomputed"] * self.recompute_convolution
+        said += [f"gradients of matrices in {self.gradient_dtype}"] * (self.gradient_dtype != "float32")
+        return ", ".join(said)
+
 
 @dataclass
 class TrainConfig(StepConfig):

@@ -32,7 +32,7 @@ class StepReport:
 
     def banner(self, name: str, run_dir: Path, results: StepResults, job: StepJob, flops: FlopTable) -> None:
         """What is measured where, and what is counted."""
-        console, train = self._console.console, job.train
+        console = self._console.console
         console.rule(Text(f"qlatrain · {name}", style="bold"), align="left")
         console.print(flop_table(flops))
         console.print(counted_text(flops))
@@ -45,15 +45,7 @@ class StepReport:
         facts.add_row(
             "step", f"{job.model.name}, {job.shape} = {job.batch_shape.all_tokens:,} tokens, {job.optim.name}"
         )
-        settings = [f"mixed precision {train.mixed_precision}"]
-        settings += (
-            ["compiled"] * train.compile
-            + ["activation checkpointing"] * train.activation_checkpointing
-            + ["MLPs recomputed"] * train.recompute_mlp
-            + ["convolutions recomputed"] * train.recompute_convolution
-            + [f"gradients of matrices in {train.gradient_dtype}"] * (train.gradient_dtype != "float32")
-        )
-        facts.add_row("settings", ", ".join(settings))
+        facts.add_row("settings", job.train.described())
         facts.add_row("steps", f"{job.warmup} warm-up, {job.steps} timed, {job.profiled_steps} profiled")
         console.print(facts)
         console.rule()

@@ -36,11 +36,12 @@ class RunConsole:
         parameters: ParameterCounts,
         flops: FlopTable,
         backends: Iterable[str],
+        settings: str,
         peak: tuple[float, str],
         devices: int = 1,
     ) -> None:
-        """The start of a run. `backends`: a line for each operator, saying what runs it and why; `peak`: see
-        `hardware.peak_flops`, of one device."""
+        """The start of a run. `backends`: a line for each operator, saying what runs it and why; `settings`: how a
+        step is taken; `peak`: see `hardware.peak_flops`, of one device."""
         if not self._on:
             return
         self.console.rule(Text(f"qlatrain · {run_name}", style="bold"), align="left")
@@ -51,6 +52,7 @@ class RunConsole:
         facts.add_row("parameters", _parameters_text(parameters))
         for line in backends:
             facts.add_row("backend", line)
+        facts.add_row("settings", settings)
         rate, how = peak
         facts.add_row("peak", f"{_rate(rate)} a device, {devices} device{'s' * (devices != 1)} ({how})")
         self.console.print(facts)

@@ -48,7 +48,7 @@ class Layout:
     def describe(self) -> str:
         where = torch.cuda.get_device_name() if self.device.type == "cuda" else self.device.type
         copies = "one process" if self.world_size == 1 else f"{self.world_size} replicas"
-        return f"{copies} on {where}, mixed precision {self.accelerator.mixed_precision}"
+        return f"{copies} on {where}"
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """The model to call in training: on its device, under autocast, averaging gradients over the replicas."""

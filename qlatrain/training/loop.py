@@ -110,6 +110,7 @@ class TrainingLoop:
             flops.parameters,
             flops.table(row_length),
             [layout.describe()],
+            train.described(),
             peak,
             layout.world_size,
         )
@@ -188,5 +189,6 @@ class TrainingLoop:
         self.report.finish(files)
 
     def _write_environment(self, **more) -> None:
-        facts = environment() | {"layout": self.session.layout.describe()} | more
+        step = {"layout": self.session.layout.describe(), "settings": self.config.train.described()}
+        facts = environment() | step | more
         write_json(self.session.run_dir / "environment.json", facts)

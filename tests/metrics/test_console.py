@@ -30,6 +30,7 @@ def say_everything(run: RunConsole, config) -> None:
         counter.parameters,
         counter.table(512),
         ["gated_delta_rule: torch (no GPU)"],
+        "mixed precision bf16, compiled",
         (5e10, "measured"),
     )
     run.step(ROW, 1000, 3725)

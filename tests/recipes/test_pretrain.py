@@ -50,7 +50,8 @@ def test_files_say_what_ran(run):
     assert config["run"]["dir"] == str(run_dir)
     environment = json.loads((run_dir / "environment.json").read_text())
     assert {"command", "git_commit", "python", "versions", "cpu"} <= environment.keys()
-    assert environment["layout"].startswith("one process on cpu")
+    assert environment["layout"] == "one process on cpu"
+    assert environment["settings"] == "mixed precision no, eager"
     assert any(line.startswith("gated_delta_rule: backend torch on cpu") for line in environment["backends"])
     assert (run_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert (run_dir / "samples.txt").read_text().startswith("the")
@@ -181,3 +182,15 @@ def test_kernel_times_of_two_processes(trainer, tmp_path):
     steps = [row["step"] for row in metric_rows(tmp_path / "run") if "kernel_times/gdn" in row]
     assert steps == [str(step) for step in losses(tmp_path / "run")]
     assert done[1].out == ""
+
+
+def test_compiled_blocks_train_alike(trainer, finished_run, tmp_path):
+    compiled = tmp_path / "compiled"
+    done = trainer.run(compiled, "train.compile=true")
+    assert done.code == 0, done.err
+    assert "settings       mixed precision no, compiled\n" in re.sub(" +\n", "\n", done.out)
+    losses_of_both = losses(compiled), losses(finished_run)
+    assert losses_of_both[0].keys() == losses_of_both[1].keys()
+    for step, loss in losses_of_both[0].items():
+        assert float(loss) == pytest.approx(float(losses_of_both[1][step]), rel=1e-4)
+    assert from_pretrained(compiled / "model").config.hidden_size == 32  # names without the compiler's prefix

@@ -46,7 +46,7 @@ TINY = (
 )
 QUIET = {"HF_HUB_OFFLINE": "1", "WANDB_SILENT": "true"}
 MEASURED = ("tokens_per_second", "mfu")  # what no two runs have in common
-SECONDS = 120  # that a run may take
+SECONDS = 240  # that a run may take
 
 
 def write_corpus(folder: Path, documents: int = 12) -> Path:
