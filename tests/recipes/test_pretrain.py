@@ -7,7 +7,7 @@ import signal
 import pytest
 import torch
 import yaml
-from training_runs import checkpoint_names, file_bytes, losses, metric_rows, repeatable
+from training_runs import SECONDS, checkpoint_names, file_bytes, losses, metric_rows, repeatable
 
 from qlatrain.metrics.kernel_times import FAMILIES
 from qlatrain.metrics.recorder import read_metrics
@@ -186,7 +186,7 @@ def test_kernel_times_of_two_processes(trainer, tmp_path):
 
 def test_compiled_blocks_train_alike(trainer, finished_run, tmp_path):
     compiled = tmp_path / "compiled"
-    done = trainer.run(compiled, "train.compile=true")
+    done = trainer.start(compiled, "train.compile=true").wait(2 * SECONDS)  # two blocks to compile, with gcc
     assert done.code == 0, done.err
     assert "settings       mixed precision no, compiled\n" in re.sub(" +\n", "\n", done.out)
     losses_of_both = losses(compiled), losses(finished_run)

@@ -46,7 +46,7 @@ TINY = (
 )
 QUIET = {"HF_HUB_OFFLINE": "1", "WANDB_SILENT": "true"}
 MEASURED = ("tokens_per_second", "mfu")  # what no two runs have in common
-SECONDS = 240  # that a run may take
+SECONDS = 120  # that a run may take
 
 
 def write_corpus(folder: Path, documents: int = 12) -> Path:
@@ -84,9 +84,9 @@ class Running:
     def send(self, signal: int) -> None:
         os.kill(self.process.pid, signal)
 
-    def wait(self) -> Finished:
-        self.process.join(SECONDS)
-        assert self.process.exitcode is not None, f"still running after {SECONDS} s:\n{self.out.read_text()[-2000:]}"
+    def wait(self, seconds: float = SECONDS) -> Finished:
+        self.process.join(seconds)
+        assert self.process.exitcode is not None, f"still running after {seconds} s:\n{self.out.read_text()[-2000:]}"
         return Finished(self.process.exitcode, self.out.read_text(), self.err.read_text())
 
     def wait_for_step(self, run_dir: Path, step: int) -> bool:

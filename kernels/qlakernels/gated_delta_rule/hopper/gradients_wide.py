@@ -31,11 +31,11 @@ Barriers (arrivals), all phases in the order of the steps: `rows` dO, W, dV of a
 from the first to the second (128; 128); `sums` what dg is of, to warp 3 (320; 32). An arrival at `S_empty` also says
 that the next state of this step and of all before is on its way to `scratch`.
 
-Values come in parts of 64, two at a time. Beyond 128 values F and H are made of all of them first, and the rows are
-brought a second time for the rest.
+V is more than 128; `gradients` has fewer. Values come in parts of 64, two at a time. F and H are made of all of them
+first, and the rows are brought a second time for the rest.
 
 Registers of a consumer, at most: dQ or dK 64, a product 64, an operand 16, q or k or F 16 to 32; or dQ, F, H 128.
-Shared memory at K = V = 128: rows 96 KB, S 32, dS 32, q and k 32, F and H 16, vectors 6.
+Shared memory at K = 128: rows 96 KB, S 32, dS 32, q and k 32, F and H 16, vectors 6.
 """
 
 import tilelang.language as T
@@ -70,10 +70,8 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
     part = PART
     parts = value_parts(V)
     pairs = -(-parts // 2)
-    sweeps = 1 if pairs == 1 else 2  # how often a step's rows are brought
     per_item = STATE_STRIDE // C
     folded = folds_decay(dtype)
-    budgets = (216, 232) if sweeps == 1 else (224, 224)  # registers of the consumers; 56 are left for the third
     tokens, heads, groups = T.dynamic("tokens"), T.dynamic("heads"), T.dynamic("groups")
     slots, documents, kept, firsts = (T.dynamic(x) for x in ("slots", "documents", "kept", "firsts"))
     places, members = T.dynamic("places"), T.dynamic("members")
@@ -283,7 +281,7 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
             left = T.alloc_var("int32")  # tokens from the chunk's first to the document's end
 
             if thread < 128:
-                T.set_max_nreg(budgets[0], 1)
+                T.set_max_nreg(224, 1)
                 for turn in T.serial(T.ceildiv(items - worker, workers)):
                     take_item(cu_seqlens, documents, worker + turn * workers, groups, steps, slot, group, place)
                     for c in T.serial(per_item):
@@ -315,9 +313,8 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
                                             transpose_B=True,
                                         )
                                     T.wait_wgmma(0)
-                                    if sweeps == 2:
-                                        arrive(rows_empty, rows % 2)
-                                        rows += 1
+                                    arrive(rows_empty, rows % 2)
+                                    rows += 1
                                 for i, j in T.Parallel(C, C):
                                     picked[i, j] = T.Select(i == j, H[i, j], T.float32(0.0))
                                 T.reduce_sum(picked, rows_q, dim=1)
@@ -353,8 +350,7 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
                                 arrive(FH_full, 0)
                                 T.clear(a_f)
                                 for pair in T.serial(pairs):
-                                    if sweeps == 2:
-                                        wait(rows_full, rows % 2, rows // 2 % 2)
+                                    wait(rows_full, rows % 2, rows // 2 % 2)
                                     wait(S_full, 0, pairs_done % 2)
                                     if pair == 0:
                                         wait(keys_full, 0, chunk % 2)
@@ -402,7 +398,7 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
                                     dq[(first + i) * dq_token + group * dq_head + j // PIECE, j % PIECE] = dQ[i, j]
                             chunk += 1
             elif thread < 256:
-                T.set_max_nreg(budgets[1], 1)
+                T.set_max_nreg(224, 1)
                 for turn in T.serial(T.ceildiv(items - worker, workers)):
                     take_item(cu_seqlens, documents, worker + turn * workers, groups, steps, slot, group, place)
                     for c in T.serial(per_item):
@@ -414,11 +410,10 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
                             for member in T.serial(ratio):
                                 head = group * ratio + member
                                 wait(vec_full, step % 2, step // 2 % 2)
-                                if sweeps == 2:
-                                    for pair in T.serial(pairs):
-                                        wait(rows_full, rows % 2, rows // 2 % 2)
-                                        arrive(rows_empty, rows % 2)
-                                        rows += 1
+                                for pair in T.serial(pairs):  # F and H are the first's alone
+                                    wait(rows_full, rows % 2, rows // 2 % 2)
+                                    arrive(rows_empty, rows % 2)
+                                    rows += 1
                                 T.clear(b_f)
                                 T.clear(e_f)
                                 for pair in T.serial(pairs):
@@ -495,7 +490,7 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
                                     dk[(first + i) * dk_token + group * dk_head + j // PIECE, j % PIECE] = dK[i, j]
                             chunk += 1
             else:
-                T.set_max_nreg(56, 0)
+                T.set_max_nreg(56, 0)  # launched with 168 each, which is all there is to share
                 if thread < 256 + 32:
                     for turn in T.serial(T.ceildiv(items - worker, workers)):
                         take_item(cu_seqlens, documents, worker + turn * workers, groups, steps, slot, group, place)
@@ -505,7 +500,7 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
                             if left > 0:
                                 for member in T.serial(ratio):
                                     head = group * ratio + member
-                                    for load in T.serial(pairs * sweeps):
+                                    for load in T.serial(2 * pairs):  # once for F and H, and again
                                         now = load % pairs
                                         wait(rows_empty, rows % 2, (rows // 2 + 1) % 2)
                                         for p in T.unroll(2):
@@ -516,7 +511,7 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
                                                 bring_rows(dv, dv_s, rows_full, rows, p, first, head, columns, left)
                                         arrive(rows_full, rows % 2)
                                         rows += 1
-                                        if load >= pairs * (sweeps - 1):
+                                        if load >= pairs:
                                             start = now * 2 * part
                                             both = now * 2 + 1 < parts
                                             index = place[BASE] + c
