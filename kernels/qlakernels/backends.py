@@ -48,7 +48,9 @@ class BackendRefused(ValueError):
 
 
 _registry: dict[str, dict[str, Backend]] = {}
-_decided: dict[tuple, str] = {}
+# By operator: a graph of torch.compile's holds as long as the decisions it has looked at are those of when it was made,
+# and the first of another operator, such as the loss behind the blocks, must not have every block traced again.
+_decided: dict[str, dict[tuple[str, Call], str]] = {}
 _said: set[str] = set()
 
 
@@ -74,9 +76,9 @@ def select(operator: str, name: str, call: Call) -> Backend:
             BackendRefused).
     """
     backends = _registry[operator]
-    key = (operator, name, call)
-    if key in _decided:
-        return backends[_decided[key]]
+    decided, key = _decided.get(operator), (name, call)
+    if decided is not None and key in decided:
+        return backends[decided[key]]
     if name != "auto" and name not in backends:
         near = difflib.get_close_matches(name, ["auto", *backends], n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -100,7 +102,7 @@ def select(operator: str, name: str, call: Call) -> Backend:
     if line not in _said:
         _said.add(line)
         logger.info(line)
-    _decided[key] = chosen
+    _decided.setdefault(operator, {})[key] = chosen
     return backends[chosen]
 
 

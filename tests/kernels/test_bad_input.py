@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+import torch._dynamo.testing
 from kernel_helpers import make_inputs
 
 from qlakernels import backends, causal_conv1d, chunk_gated_delta_rule, rms_norm_gated
@@ -224,6 +225,29 @@ def test_one_that_is_passed_over_runs_by_name(monkeypatch, nothing_decided):
         "op: backend first on cpu (asked for)",
         "op: backend second on cpu (not first: not proven)",
     ]
+
+
+def test_a_decision_of_another_operator_has_nothing_traced_again(monkeypatch, nothing_decided):
+    """As when the loss decides behind the blocks: those are not compiled anew at the second step."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(backends, "_registry", {})
+    for operator in ("op", "loss"):
+        backends.register(operator, backends.Backend("first", lambda call: None, torch.sin))
+    counter = torch._dynamo.testing.CompileCounter()
+
+    @torch.compile(fullgraph=True, backend=counter)
+    def block(x):
+        return backends.select("op", "auto", call_of(x)).run(x)
+
+    def call_of(x):
+        return backends.Call(torch.device(x.device.type), x.dtype, x.shape[-1], x.shape[-1])
+
+    x = torch.ones(3, 4)
+    backends.select("op", "auto", call_of(x))
+    block(x)
+    backends.select("loss", "auto", call_of(x))
+    assert torch.equal(block(x), x.sin())
+    assert counter.frame_count == 1
 
 
 def test_one_line_for_each_decision(inputs, caplog, nothing_decided):
