@@ -23,22 +23,30 @@ has F and the second −H; of all else each has half of the columns of K. At a s
 their halves of the state to the next chunk, through the tile of the rows to `scratch`, [V, K] a block and head and so
 in L2, whence the copy engine brings them at the next chunk. A last warpgroup of four roles, a warp each:
 
-    loads     dO, W, dV two steps ahead, S and dS one, q and k a chunk
+    loads     dO, W, dV a step or two ahead, S and dS, q and k a chunk
     vectors   the step's vectors, a step ahead or two
     inner     dβ, dV repaired where β̄ is not β, and half of ⟨S, dS⟩: diagonals of products of blocks of 16×16
     dg        the other half, and dg from what the consumers have summed up
 
-Barriers (arrivals), all phases in the order of the steps: `rows` dO, W, dV of a step, two stages (32; 256 back); `S`
-and `dS` (32; 320); `keys` q and k of a chunk (32; 256); `vec` vectors, two stages (32; 288); `diagonal` that of P
-(256); `repaired` dV (32); `sums` what dg is of (288; 32). An arrival at `S_empty` also says that the next state of this
-step and of all before is on its way to `scratch`. Rows of a chunk's last step are given back behind dq and dk, which go
-through their tile. At the named barrier 1 the consumers meet where P is there, and where it and the rows were read.
+Up to 128 values are taken at once. More are taken in parts of 64: all of a step's rows are there for P, and stay until
+E, A, B and the state have been through the parts, one after the other. Their sums stay in registers: A and B get their
+decay and their products with F and H behind the last part, E enters dK part by part, where registers are short.
 
-V is at most 128; `gradients_wide` has more.
+Barriers (arrivals), all phases in the order of the steps, or of steps and parts: `rows` dO, W, dV of a part, two
+stages, four of parts of 64 (32; 256 back); `S` and `dS`, one stage or two (32; 320); `keys` q and k of a chunk (32;
+256); `vec` vectors, two stages (32; 288); `diagonal` that of P (256); `repaired` dV (32); `sums` what dg is of (288;
+32). An arrival at `S_empty` also says that the next state of this part and of all before is on its way to `scratch`.
+The last rows of a chunk are given back behind dq and dk, which go through their tile. At the named barrier 1 the
+consumers meet where P is there, and where it or the rows were read.
 
-Registers of a consumer, at most: dQ and dK 64, A and B 64, q or k 16. What has been loaded a step ago costs more than
-to load it again, and what is spilled is read from L2, as shared memory leaves nothing of the L1 cache: 400 cycles each.
-Shared memory at K = V = 128: rows 96 KB, S 32, dS 32, q and k 32, P 16, vectors 7, sums 3.
+The loads go by turns of an item: states of a step beside rows of the next one, a part behind, as rows wait for room
+that a part of this step gives back, once its states are there. q and k come behind a chunk's first states: in front of
+them they would hold them up until the chunk before is done, and behind all of them they would never come.
+
+Registers of a consumer, at most: dQ and dK 64, A and B 64, q or k 16; in parts E or the state 32 besides. What has been
+loaded a step ago costs more than to load it again, and what is spilled is read from L2, as shared memory leaves nothing
+of the L1 cache: 400 cycles each. `here` keeps the addresses of rare loads and stores from being kept through the loops.
+Shared memory at K = V = 128, and at V > 128: rows 96 KB, S 32, dS 32, q and k 32, P 16, vectors 7, sums 3.
 """
 
 from math import gcd
@@ -70,7 +78,7 @@ from qlakernels.gated_delta_rule.hopper.common import (
     weight_of_W,
 )
 from qlakernels.gated_delta_rule.hopper.common import PRELUDE as COMMON_PRELUDE
-from qlakernels.gated_delta_rule.hopper.sizes import CHUNK, PIECE, STATE_STRIDE, padded_values
+from qlakernels.gated_delta_rule.hopper.sizes import CHUNK, PIECE, STATE_STRIDE, padded_values, values_at_once
 
 PRELUDE = (
     COMMON_PRELUDE
@@ -80,6 +88,10 @@ __device__ __forceinline__ int first_of_warpgroup() {
   asm("shfl.sync.idx.b32 %0, %1, 0, 31, -1;" : "=r"(first) : "r"(threadIdx.x / 128 * 128));
   return first;
 }
+__device__ __forceinline__ int here(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
 __device__ __forceinline__ void fetch(const void* line) { asm volatile("prefetch.global.L2 [%0];" ::"l"(line)); }
 """
 )
@@ -88,10 +100,17 @@ TOTAL, SHIFTED, COLUMN, ROW_E, BETA, BAR, OMEGA = range(7)
 ROWS_P, ROWS_Y, SQUARES = 7, 9, 11  # each a vector of the queries' rows and one of the keys'
 
 
+def here(x):
+    """x, an int32, so that what is computed of it is computed here, not kept through a loop. Needs PRELUDE."""
+    return T.call_extern("int32", "here", x)
+
+
 def gradients_kernel(key_dim, value_dim, dtype, l2norm):
     C = CHUNK
     K, V = key_dim, value_dim
-    width = padded_values(V)
+    width = values_at_once(V)
+    parts = padded_values(V) // width
+    stages, held = (2, 1) if parts == 1 else (4, 2)  # of rows, and of S and dS
     per_item = STATE_STRIDE // C
     folded = folds_decay(dtype)
     consumers = 256
@@ -111,18 +130,27 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
     own_rows, own_half = T.GemmWarpPolicy.FullRow, T.GemmWarpPolicy.FullCol  # of a consumer
 
     @T.macro
-    def bring_rows(tile, stage, below, source, full, first, head, left):
-        """C rows of tile[stage] from `below` on ← the chunk's rows of source[:, head], zero behind V and behind the
-        document's end."""
+    def bring_tile(tile, stage, below, source, full, first, head, column, left):
+        """C rows of tile[stage] from `below` on ← the chunk's rows of source[:, head, column:], zero behind V and
+        behind the document's end."""
         if left >= C:
             for p in T.unroll(width // 64):
                 T.tma_copy(
-                    source[first : first + C, head, p * 64 : (p + 1) * 64],
+                    source[first : first + C, head, column + p * 64 : column + (p + 1) * 64],
                     tile[stage, below : below + C, p * 64 : (p + 1) * 64],
                     barrier=full[stage],
                 )
         else:
-            load_tail(tile, stage, source, first, head, 0, left, width, below)
+            load_tail(tile, stage, source, here(first), head, column, here(left), width, below)
+
+    @T.macro
+    def bring_rows(X, W_tile, now, do, dv, W, full, empty, first, head, part, left):
+        """The tiles of `now`, the number of a step and part, ← the chunk's rows of dO, dV and W, once they are free."""
+        wait(empty, now % stages, (now // stages + 1) % 2)
+        bring_tile(X, now % stages, 0, do, full, first, head, part * width, left)
+        bring_tile(X, now % stages, C, dv, full, first, head, part * width, left)
+        bring_tile(W_tile, now % stages, 0, W, full, first, head, part * width, left)
+        arrive(full, now % stages)
 
     @T.macro
     def bring_keys(tile, source, full, first, group, left):
@@ -130,7 +158,7 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
         if left >= C:
             T.tma_copy(source[first : first + C, group, :], tile, barrier=full[0])
         else:
-            load_tail(tile, None, source, first, group, 0, left, K)
+            load_tail(tile, None, source, here(first), group, 0, here(left), K)
 
     @T.macro
     def fetch_keys(source, first, group, left, lane):
@@ -144,25 +172,25 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
                     )
 
     @T.macro
-    def bring_state(source, index, head, tile, full):
-        """tile ← source[index, head], zero behind V."""
-        T.tma_copy(source[index, head, 0:width, :], tile, barrier=full[0])
+    def bring_state(source, index, head, part, tile, at, full):
+        """tile[at] ← source[index, head], the columns of V of this part, zero behind V."""
+        T.tma_copy(source[index, head, part * width : (part + 1) * width, :], tile[at, :, :], barrier=full[at])
 
     @T.macro
-    def repair(dv, X, tiny, vec, stage, first, left, token_step, base, lane):
-        """dv ← β/β̄ ∘ dv, if any β of the chunk is tiny, by a warp."""
+    def repair(dv, X, at, tiny, vec, stage, part, first, left, token_step, base, lane):
+        """dv ← β/β̄ ∘ dv, the columns of X[at], if any β of the chunk is tiny, by a warp."""
         if tiny[stage, 0] + tiny[stage, 1] > 0:
             for row in T.serial(T.min(left, C)):
                 if vec[stage, BETA, row] < vec[stage, BAR, row]:
                     for turn in T.serial(width // 32):
                         j = turn * 32 + lane
-                        if j < V:
-                            dv[(first + row) * token_step + base + j // PIECE, j % PIECE] = (
-                                T.cast(X[stage, C + row, j], "float32") * vec[stage, BETA, row] / vec[stage, BAR, row]
+                        if part * width + j < V:
+                            dv[(first + row) * token_step + base + part * (width // PIECE) + j // PIECE, j % PIECE] = (
+                                T.cast(X[at, C + row, j], "float32") * vec[stage, BETA, row] / vec[stage, BAR, row]
                             )
 
     @T.macro
-    def add_inner(S, dS, left, right, out, warp, lane):
+    def add_inner(S, dS, at, left, right, out, warp, lane):
         """out[0 : 16] += parts of ⟨S, dS⟩, by two warps: diagonals of products of blocks of 16×16, in turns of two."""
         for turn in T.serial(width // 32):
             row = turn * 2 + warp
@@ -171,13 +199,13 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
                     column = two * 2 + odd
                     T.ptx_ldmatrix(
                         T.bool(False), 4,
-                        T.access_ptr(S[row * 16 + lane % 16, column * 16 + lane // 16 * 8], "r", extent=8),
+                        T.access_ptr(S[at, row * 16 + lane % 16, column * 16 + lane // 16 * 8], "r", extent=8),
                         T.access_ptr(left[0], "w", extent=8),
                     )  # fmt: skip
                     T.ptx_ldmatrix(
                         T.bool(False), 4,
                         T.access_ptr(
-                            dS[row * 16 + lane // 16 * 8 + lane % 8, column * 16 + lane // 8 % 2 * 8], "r", extent=8
+                            dS[at, row * 16 + lane // 16 * 8 + lane % 8, column * 16 + lane // 8 % 2 * 8], "r", extent=8
                         ),
                         T.access_ptr(right[0], "w", extent=8),
                     )  # fmt: skip
@@ -185,13 +213,17 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
 
     @T.macro
     def take_inner(S, dS, left, right, out, warp, lane, dS_full, dS_empty, S_full, S_empty, step):
-        """`add_inner`, once both are there, and gives them back."""
-        wait(dS_full, 0, step % 2)
-        wait(S_full, 0, step % 2)
-        add_inner(S, dS, left, right, out, warp, lane)
-        release_tiles()
-        arrive(dS_empty, 0)
-        arrive(S_empty, 0)
+        """`add_inner` of all parts, once they are there, and gives them back."""
+        for x in T.unroll(16):
+            out[x] = 0.0
+        for part in T.serial(parts):
+            now = step * parts + part
+            wait(dS_full, now % held, now // held % 2)
+            wait(S_full, now % held, now // held % 2)
+            add_inner(S, dS, now % held, left, right, out, warp, lane)
+            release_tiles()
+            arrive(dS_empty, now % held)
+            arrive(S_empty, now % held)
 
     @T.macro
     def sum_inner(out, lane):
@@ -203,14 +235,14 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
             out[0] += T.shfl_xor(out[0], 16 >> distance)
 
     @T.macro
-    def store_state(tile, at, target, worker, member, warp, lane):
-        """target[worker, member], this consumer's half, ← what this warp has left of the state in tile[at]."""
+    def store_state(tile, at, target, worker, member, part, warp, lane):
+        """target[worker, member], this part and this consumer's half, ← what this warp has left of it in tile[at]."""
         for atom in T.unroll(width // 64):
             for n in T.unroll(half // 16):
                 row = atom * 64 + warp % 4 * 16 + (n * 32 + lane) // (half // PIECE)
                 piece = (n * 32 + lane) % (half // PIECE) * PIECE
                 for x in T.vectorized(PIECE):
-                    target[worker, member, row, warp // 4 * half + piece + x] = tile[
+                    target[worker, member, part * width + row, warp // 4 * half + piece + x] = tile[
                         at, row if width == 2 * C else warp // 4 * C + row,
                         piece + x if width == C else warp // 4 * 64 + piece + x,
                     ]  # fmt: skip
@@ -226,6 +258,31 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
                     target[(first + row) * token_step + base + warp // 4 * (half // PIECE) + piece, x] = tile[
                         at, warp // 4 * C + row, piece * PIECE + x
                     ]
+
+    @T.macro
+    def add(total, x):
+        """total += x, [C, K], here: put off, both would be kept."""
+        for i, j in T.Parallel(C, K):
+            total[i, j] += x[i, j]
+        T.warpgroup_fence_operand(total, num_regs=half // 2)
+
+    @T.macro
+    def weigh_rows(x, vec, stage, row):
+        """x_i [C, K] ← vec[stage, row]_i x_i"""
+        for i, j in T.Parallel(C, K):
+            x[i, j] *= vec[stage, row, i]
+
+    @T.macro
+    def advance(state, gamma, W, at, k, operand, vec, stage):
+        """Starts the product that makes the state after the chunk of the one before it."""
+        for i, j in T.Parallel(width, K):
+            state[i, j] *= gamma
+        if folded:
+            T.wgmma_gemm(W[at, :, :], k, state, transpose_A=True, policy=own_half)
+        else:
+            for i, j in T.Parallel(width, C):
+                operand[i, j] = T.cast(W[at, j, i], "float32") * vec[stage, ROW_E, j]
+            T.wgmma_gemm(operand, k, state, policy=own_half)
 
     @T.macro
     def row_sums(x, y, products, sums):
@@ -274,10 +331,10 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
     ):
         with T.Kernel(workers, threads=384, prelude=PRELUDE) as (worker,):
             q_s, k_s = T.alloc_shared((C, K), dtype), T.alloc_shared((C, K), dtype)
-            X_s = T.alloc_shared((2, 2 * C, width), dtype)  # dO, and below it dV
-            W_s = T.alloc_shared((2, C, width), dtype)
-            S_s = T.alloc_shared((width, K), dtype)
-            dS_s = T.alloc_shared((width, K), dtype)
+            X_s = T.alloc_shared((stages, 2 * C, width), dtype)  # dO, and below it dV
+            W_s = T.alloc_shared((stages, C, width), dtype)
+            S_s = T.alloc_shared((held, width, K), dtype)
+            dS_s = T.alloc_shared((held, width, K), dtype)
             P_s = T.alloc_shared((2 * C, C), dtype)  # F, and below it −H
             diagonal_s = T.alloc_shared((2 * C,), "float32")
             vec = T.alloc_shared((2, VECTORS, C), "float32")
@@ -305,9 +362,9 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
             low, high = T.alloc_local((2,), "float32"), T.alloc_local((2,), "float32")
             moved = T.alloc_local((4,), "float32")
 
-            rows_full, rows_empty = T.alloc_barrier([32] * 2), T.alloc_barrier([256] * 2)
-            S_full, S_empty = T.alloc_barrier([32]), T.alloc_barrier([320])
-            dS_full, dS_empty = T.alloc_barrier([32]), T.alloc_barrier([320])
+            rows_full, rows_empty = T.alloc_barrier([32] * stages), T.alloc_barrier([256] * stages)
+            S_full, S_empty = T.alloc_barrier([32] * held), T.alloc_barrier([320] * held)
+            dS_full, dS_empty = T.alloc_barrier([32] * held), T.alloc_barrier([320] * held)
             keys_full, keys_empty = T.alloc_barrier([32]), T.alloc_barrier([256])
             vec_full, vec_empty = T.alloc_barrier([32] * 2), T.alloc_barrier([288] * 2)
             diagonal_full, repaired = T.alloc_barrier([256]), T.alloc_barrier([32])
@@ -328,6 +385,8 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
             group = T.alloc_var("int32")
             first = T.alloc_var("int32")
             left = T.alloc_var("int32")  # tokens from the chunk's first to the document's end
+            # of the loads, which bring the rows of a step beside the states of the step before
+            member_of_rows, last_first, last_member = (T.alloc_var("int32", init=0) for _ in range(3))
 
             if thread < consumers:
                 T.set_max_nreg(216, 1)
@@ -343,11 +402,15 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
                             for member in T.serial(ratio):
                                 stage = step % 2
                                 wait(vec_full, stage, step // 2 % 2)
-                                wait(rows_full, stage, step // 2 % 2)
-                                T.wgmma_gemm(
-                                    X_s[stage, :, :], W_s[stage, :, :], P,
-                                    transpose_B=True, clear_accum=True, policy=own_rows,
-                                )  # fmt: skip
+                                if parts > 1:
+                                    T.clear(P)
+                                for part in T.unroll(parts):
+                                    now = step * parts + part
+                                    wait(rows_full, now % stages, now // stages % 2)
+                                    T.wgmma_gemm(
+                                        X_s[now % stages, :, :], W_s[now % stages, :, :], P,
+                                        transpose_B=True, clear_accum=parts == 1, policy=own_rows,
+                                    )  # fmt: skip
                                 T.wait_wgmma(0)
                                 T.warpgroup_fence_operand(P, num_regs=C // 2)
                                 for i, j in T.Parallel(2 * C, C):
@@ -372,82 +435,132 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
                                     f_f[i] += diagonal_s[i % C] * vec[stage, ROWS_P, i % C] * vec[stage, COLUMN, i % C]
                                 T.wgmma_gemm(P_s[0:C, :], q_s, D, transpose_A=True, clear_accum=True, policy=own_half)
                                 T.wgmma_gemm(P_s[C : 2 * C, :], k_s, D, transpose_A=True, policy=own_half)
-                                wait(dS_full, 0, step % 2)
-                                T.wgmma_gemm(W_s[stage, :, :], dS_s, E, clear_accum=True, policy=own_half)
-                                T.copy(k_s, keys_f)
-                                T.wait_wgmma(1)
-                                T.warpgroup_fence_operand(D, num_regs=half // 2)
-                                for i, j in T.Parallel(C, K):
-                                    dK[i, j] += D[i, j]
-                                T.warpgroup_fence_operand(dK, num_regs=half // 2)  # or D is kept for later
-                                row_sums(D, keys_f, products, d_f)
-                                T.wait_wgmma(0)
-                                T.warpgroup_fence_operand(E, num_regs=half // 2)
-                                arrive(dS_empty, 0)
-                                if not folded:
-                                    for i, j in T.Parallel(C, K):
-                                        E[i, j] *= vec[stage, ROW_E, i]
-                                for i, j in T.Parallel(C, K):
-                                    dK[i, j] += E[i, j]
-                                T.warpgroup_fence_operand(dK, num_regs=half // 2)
-                                row_sums(E, keys_f, products, e_f)
-                                wait(S_full, 0, step % 2)
-                                T.wgmma_gemm(X_s[stage, 0:C, :], S_s, A, clear_accum=True, policy=own_half)
-                                T.wgmma_gemm(X_s[stage, C : 2 * C, :], S_s, B, clear_accum=True, policy=own_half)
-                                T.wait_wgmma(1)
-                                T.warpgroup_fence_operand(A, num_regs=half // 2)
-                                for i, j in T.Parallel(C, K):
-                                    A[i, j] *= vec[stage, ROWS_Y, i]
-                                T.wgmma_gemm(P_s[0:C, :], k_s, A, policy=own_half)
-                                T.wait_wgmma(1)
-                                T.warpgroup_fence_operand(B, num_regs=half // 2)
-                                T.copy(q_s, keys_f)
-                                for i, j in T.Parallel(C, K):
-                                    B[i, j] *= vec[stage, ROWS_Y + 1, i]
-                                T.wgmma_gemm(P_s[C : 2 * C, :], k_s, B, policy=own_half)
-                                T.wait_wgmma(1)
-                                T.warpgroup_fence_operand(A, num_regs=half // 2)
-                                for i, j in T.Parallel(C, K):
-                                    dQ[i, j] += A[i, j]
-                                T.warpgroup_fence_operand(dQ, num_regs=half // 2)
-                                row_sums(A, keys_f, products, y_f)
-                                T.copy(k_s, keys_f)
-                                T.wait_wgmma(0)
-                                T.warpgroup_fence_operand(B, num_regs=half // 2)
-                                T.sync_threads(1, consumers)  # P_s, and these rows of X_s, have been read
-                                for i, j in T.Parallel(C, K):
-                                    dK[i, j] += B[i, j]
-                                T.warpgroup_fence_operand(dK, num_regs=half // 2)
-                                row_sums(B, keys_f, products, sums)
-                                for i in T.Parallel(2 * C):
-                                    y_f[i] += sums[i]
-                                gamma = T.alloc_var("float32")
-                                gamma = T.exp2(vec[stage, TOTAL, C - 1])
-                                T.call_extern("handle", "hold_memory")  # or all of it is loaded too early
-                                T.copy(S_s, state)
-                                for i, j in T.Parallel(width, K):
-                                    state[i, j] *= gamma
-                                if folded:
-                                    T.wgmma_gemm(W_s[stage, :, :], k_s, state, transpose_A=True, policy=own_half)
+                                if parts == 1:
+                                    wait(dS_full, 0, step % 2)
+                                    T.wgmma_gemm(W_s[stage, :, :], dS_s[0, :, :], E, clear_accum=True, policy=own_half)
+                                    T.copy(k_s, keys_f)
+                                    T.wait_wgmma(1)
+                                    T.warpgroup_fence_operand(D, num_regs=half // 2)
+                                    add(dK, D)
+                                    row_sums(D, keys_f, products, d_f)
+                                    T.wait_wgmma(0)
+                                    T.warpgroup_fence_operand(E, num_regs=half // 2)
+                                    arrive(dS_empty, 0)
+                                    if not folded:
+                                        weigh_rows(E, vec, stage, ROW_E)
+                                    add(dK, E)
+                                    row_sums(E, keys_f, products, e_f)
+                                    wait(S_full, 0, step % 2)
+                                    T.wgmma_gemm(X_s[stage, 0:C, :], S_s[0, :, :], A, clear_accum=True, policy=own_half)
+                                    T.wgmma_gemm(
+                                        X_s[stage, C : 2 * C, :], S_s[0, :, :], B, clear_accum=True, policy=own_half
+                                    )
+                                    T.wait_wgmma(1)
+                                    T.warpgroup_fence_operand(A, num_regs=half // 2)
+                                    weigh_rows(A, vec, stage, ROWS_Y)
+                                    T.wgmma_gemm(P_s[0:C, :], k_s, A, policy=own_half)
+                                    T.wait_wgmma(1)
+                                    T.warpgroup_fence_operand(B, num_regs=half // 2)
+                                    T.copy(q_s, keys_f)
+                                    weigh_rows(B, vec, stage, ROWS_Y + 1)
+                                    T.wgmma_gemm(P_s[C : 2 * C, :], k_s, B, policy=own_half)
+                                    T.wait_wgmma(1)
+                                    T.warpgroup_fence_operand(A, num_regs=half // 2)
+                                    add(dQ, A)
+                                    row_sums(A, keys_f, products, y_f)
+                                    T.copy(k_s, keys_f)
+                                    T.wait_wgmma(0)
+                                    T.warpgroup_fence_operand(B, num_regs=half // 2)
+                                    T.sync_threads(1, consumers)  # P_s, and these rows of X_s, have been read
+                                    add(dK, B)
+                                    row_sums(B, keys_f, products, sums)
+                                    for i in T.Parallel(2 * C):
+                                        y_f[i] += sums[i]
+                                    gamma = T.alloc_var("float32")
+                                    gamma = T.exp2(vec[stage, TOTAL, C - 1])
+                                    T.call_extern("handle", "hold_memory")  # or all of it is loaded too early
+                                    T.copy(S_s[0, :, :], state)
+                                    advance(state, gamma, W_s, stage, k_s, operand, vec, stage)
+                                    T.wait_wgmma(0)
+                                    T.warpgroup_fence_operand(state, num_regs=width * K // 256)
+                                    wait(repaired, 0, step % 2)
+                                    if c + 1 < per_item and left > C:
+                                        for i, j in T.Parallel(width, K):
+                                            X_s[
+                                                stage, i if width == 2 * C else j // half * C + i,
+                                                j % half if width == C else j // half * 64 + j % half,
+                                            ] = state[i, j]  # fmt: skip
+                                        T.call_extern("handle", "__syncwarp")
+                                        store_state(X_s, stage, scratch, worker, member, 0, warp, thread % 32)
+                                    release_tiles()
+                                    if member < ratio - 1:
+                                        arrive(rows_empty, stage)
+                                    arrive(S_empty, 0)
                                 else:
-                                    for i, j in T.Parallel(width, C):
-                                        operand[i, j] = T.cast(W_s[stage, j, i], "float32") * vec[stage, ROW_E, j]
-                                    T.wgmma_gemm(operand, k_s, state, policy=own_half)
-                                T.wait_wgmma(0)
-                                T.warpgroup_fence_operand(state, num_regs=width * K // 256)
-                                wait(repaired, 0, step % 2)
-                                if c + 1 < per_item and left > C:
-                                    for i, j in T.Parallel(width, K):
-                                        X_s[
-                                            stage, i if width == 2 * C else j // half * C + i,
-                                            j % half if width == C else j // half * 64 + j % half,
-                                        ] = state[i, j]  # fmt: skip
-                                    T.call_extern("handle", "__syncwarp")
-                                    store_state(X_s, stage, scratch, worker, member, warp, thread % 32)
-                                release_tiles()
-                                if member < ratio - 1:
-                                    arrive(rows_empty, stage)
-                                arrive(S_empty, 0)
+                                    T.copy(k_s, keys_f)
+                                    T.wait_wgmma(0)
+                                    T.warpgroup_fence_operand(D, num_regs=half // 2)
+                                    add(dK, D)
+                                    row_sums(D, keys_f, products, d_f)
+                                    T.clear(e_f)
+                                    T.clear(A)
+                                    T.clear(B)
+                                    gamma = T.alloc_var("float32")
+                                    gamma = T.exp2(vec[stage, TOTAL, C - 1])
+                                    for part in T.serial(parts):
+                                        now = step * parts + part
+                                        at = now % held
+                                        row = now % stages
+                                        wait(dS_full, at, now // held % 2)
+                                        T.wgmma_gemm(
+                                            W_s[row, :, :], dS_s[at, :, :], E, clear_accum=True, policy=own_half
+                                        )
+                                        wait(S_full, at, now // held % 2)
+                                        T.wgmma_gemm(X_s[row, 0:C, :], S_s[at, :, :], A, policy=own_half)
+                                        T.wgmma_gemm(X_s[row, C : 2 * C, :], S_s[at, :, :], B, policy=own_half)
+                                        T.wait_wgmma(2)
+                                        T.warpgroup_fence_operand(E, num_regs=half // 2)
+                                        arrive(dS_empty, at)
+                                        if not folded:
+                                            weigh_rows(E, vec, stage, ROW_E)
+                                        add(dK, E)
+                                        T.copy(k_s, keys_f)
+                                        row_sums(E, keys_f, products, sums)
+                                        for i in T.Parallel(2 * C):
+                                            e_f[i] += sums[i]
+                                        T.copy(S_s[at, :, :], state)
+                                        advance(state, gamma, W_s, row, k_s, operand, vec, stage)
+                                        T.wait_wgmma(0)
+                                        T.warpgroup_fence_operand(A, num_regs=half // 2)
+                                        T.warpgroup_fence_operand(B, num_regs=half // 2)
+                                        T.warpgroup_fence_operand(state, num_regs=width * K // 256)
+                                        wait(repaired, 0, step % 2)
+                                        T.sync_threads(1, consumers)  # these rows of X_s have been read
+                                        if c + 1 < per_item and left > C:
+                                            for i, j in T.Parallel(width, K):
+                                                X_s[row, j // half * C + i, j % half] = state[i, j]
+                                            T.call_extern("handle", "__syncwarp")
+                                            store_state(X_s, row, scratch, worker, member, part, warp, thread % 32)
+                                        release_tiles()
+                                        if member < ratio - 1 or part < parts - 1:
+                                            arrive(rows_empty, row)
+                                        arrive(S_empty, at)
+                                    weigh_rows(A, vec, stage, ROWS_Y)
+                                    T.wgmma_gemm(P_s[0:C, :], k_s, A, policy=own_half)
+                                    weigh_rows(B, vec, stage, ROWS_Y + 1)
+                                    T.wgmma_gemm(P_s[C : 2 * C, :], k_s, B, policy=own_half)
+                                    T.copy(q_s, keys_f)
+                                    T.wait_wgmma(0)
+                                    T.warpgroup_fence_operand(A, num_regs=half // 2)
+                                    T.warpgroup_fence_operand(B, num_regs=half // 2)
+                                    add(dQ, A)
+                                    row_sums(A, keys_f, products, y_f)
+                                    T.copy(k_s, keys_f)
+                                    add(dK, B)
+                                    row_sums(B, keys_f, products, sums)
+                                    for i in T.Parallel(2 * C):
+                                        y_f[i] += sums[i]
+                                    T.sync_threads(1, consumers)  # P_s has been read
                                 wait(sums_empty, 0, (step + 1) % 2)
                                 for i in T.Parallel(2 * C, loop_layout=accumulator_rows(2 * C)):
                                     low_s[i] = y_f[i] - d_f[i]
@@ -485,61 +598,75 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
                                     e_f[i] *= squares_s[1, i % C] + squares_s[1, C + i % C]
                                 subtract(dQ, d_f, other_f)
                                 subtract(dK, e_f, keys_f)
+                            last = (step * parts - 1) % stages  # rows that are not given back yet
                             for x, target, token_step, head_step in (
                                 (dQ, dq, dq_token, dq_head),
                                 (dK, dk, dk_token, dk_head),
                             ):
                                 for i, j in T.Parallel(C, K):
-                                    X_s[(step + 1) % 2, j // half * C + i, j % half] = x[i, j]
+                                    X_s[last, j // half * C + i, j % half] = x[i, j]
                                 T.call_extern("handle", "__syncwarp")
                                 store_rows(
-                                    X_s, (step + 1) % 2, target, first, left, token_step, group * head_step, warp,
-                                    thread % 32,
-                                )  # fmt: skip
+                                    X_s, last, target, first, left, token_step, group * head_step, warp, thread % 32
+                                )
                                 T.call_extern("handle", "__syncwarp")
                             release_tiles()
-                            arrive(rows_empty, (step + 1) % 2)
+                            arrive(rows_empty, last)
                             chunk += 1
             else:
                 T.set_max_nreg(72, 0)  # launched with 168 each, which is all there is to share
                 if thread < 256 + 32:
                     for turn in T.serial(T.ceildiv(items - worker, workers)):
                         take_item(cu_seqlens, documents, worker + turn * workers, groups, steps, slot, group, place)
-                        for c in T.serial(per_item):
-                            first = place[FIRST] + c * C
-                            left = place[LEFT] - c * C
-                            if left > 0:
-                                for member in T.serial(ratio):
-                                    head = group * ratio + member
-                                    stage = step % 2
-                                    wait(rows_empty, stage, (step // 2 + 1) % 2)
-                                    bring_rows(X_s, stage, 0, do, rows_full, first, head, left)
-                                    bring_rows(X_s, stage, C, dv, rows_full, first, head, left)
-                                    bring_rows(W_s, stage, 0, W, rows_full, first, head, left)
-                                    arrive(rows_full, stage)
-                                    wait(dS_empty, 0, (step + 1) % 2)
-                                    bring_state(d_states, place[BASE] + c, head, dS_s, dS_full)
-                                    arrive(dS_full, 0)
-                                    wait(S_empty, 0, (step + 1) % 2)
-                                    if c == 0:
-                                        if place[FIRST] == cu_seqlens[place[0]]:
-                                            bring_state(first_states, place[0] * with_first, head, S_s, S_full)
-                                        else:
-                                            bring_state(states, slot - place[0] - 1, head, S_s, S_full)
-                                    else:
+                        # one turn more than steps: the states of a step, and a part behind them the rows of the next
+                        count = T.max(T.min(per_item, T.ceildiv(place[LEFT], C)), 0) * ratio
+                        first = place[FIRST]
+                        member_of_rows = 0
+                        for at_turn in T.serial(T.if_then_else(count > 0, count + 1, 0)):
+                            for part in T.unroll(2) if parts == 1 else T.serial(parts + 1):
+                                if at_turn > 0 and part < parts:
+                                    now = (step - 1) * parts + part
+                                    chunk_of_item = (last_first - place[FIRST]) // C
+                                    head = group * ratio + last_member
+                                    wait(dS_empty, now % held, (now // held + 1) % 2)
+                                    bring_state(
+                                        d_states, place[BASE] + chunk_of_item, head, part, dS_s, now % held, dS_full
+                                    )
+                                    arrive(dS_full, now % held)
+                                    wait(S_empty, now % held, (now // held + 1) % 2)
+                                    if last_first > place[FIRST]:
                                         acquire_stores()
-                                        bring_state(scratch, worker, member, S_s, S_full)
-                                    arrive(S_full, 0)
-                                    step += 1
-                                    if member == 0:
+                                        bring_state(scratch, worker, last_member, part, S_s, now % held, S_full)
+                                    elif place[FIRST] == cu_seqlens[place[0]]:
+                                        bring_state(
+                                            first_states, place[0] * with_first, head, part, S_s, now % held, S_full
+                                        )
+                                    else:
+                                        bring_state(states, slot - place[0] - 1, head, part, S_s, now % held, S_full)
+                                    arrive(S_full, now % held)
+                                    if part == 0 and last_member == 0:
+                                        left = place[LEFT] + place[FIRST] - last_first
                                         wait(keys_empty, 0, (chunk + 1) % 2)
-                                        bring_keys(q_s, q, keys_full, first, group, left)
-                                        bring_keys(k_s, k, keys_full, first, group, left)
+                                        bring_keys(q_s, q, keys_full, last_first, group, left)
+                                        bring_keys(k_s, k, keys_full, last_first, group, left)
                                         arrive(keys_full, 0)
                                         chunk += 1
-                                        if c + 1 < per_item:
-                                            fetch_keys(q, first + C, group, left - C, thread % 32)
-                                            fetch_keys(k, first + C, group, left - C, thread % 32)
+                                        if chunk_of_item + 1 < per_item:
+                                            fetch_keys(q, last_first + C, group, left - C, thread % 32)
+                                            fetch_keys(k, last_first + C, group, left - C, thread % 32)
+                                if at_turn < count and part > 0:
+                                    bring_rows(
+                                        X_s, W_s, step * parts + part - 1, do, dv, W, rows_full, rows_empty, first,
+                                        group * ratio + member_of_rows, part - 1, place[LEFT] + place[FIRST] - first,
+                                    )  # fmt: skip
+                            if at_turn < count:
+                                step += 1
+                            last_first = first
+                            last_member = member_of_rows
+                            member_of_rows += 1
+                            if member_of_rows == ratio:
+                                member_of_rows = 0
+                                first += C
                 elif thread < 256 + 64:
                     lane = thread - 288
                     chi, kappa = T.alloc_local((2,), "float32"), T.alloc_local((2,), "float32")
@@ -606,15 +733,16 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
                                     for h in T.unroll(2):
                                         u = lane + h * 32
                                         if u < left:
-                                            dbeta[first + u, head] = diagonal_s[C + u] / (
+                                            dbeta[here(first) + u, head] = diagonal_s[C + u] / (
                                                 vec[stage, BAR, u] * vec[stage, OMEGA, u]
                                             )
-                                    for x in T.unroll(16):
-                                        inside[x] = 0.0
-                                    wait(rows_full, stage, step // 2 % 2)
-                                    repair(
-                                        dv_again, X_s, tiny_s, vec, stage, first, left, dv_token, head * dv_head, lane
-                                    )
+                                    for part in T.serial(parts):
+                                        now = step * parts + part
+                                        wait(rows_full, now % stages, now // stages % 2)
+                                        repair(
+                                            dv_again, X_s, now % stages, tiny_s, vec, stage, part, here(first), left,
+                                            dv_token, head * dv_head, lane,
+                                        )  # fmt: skip
                                     release_tiles()
                                     arrive(repaired, 0)
                                     take_inner(
@@ -638,15 +766,13 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
                             left = place[LEFT] - c * C
                             if left > 0:
                                 for member in T.serial(ratio):
-                                    for x in T.unroll(16):
-                                        inside[x] = 0.0
                                     take_inner(
                                         S_s, dS_s, left_16, right_16, inside, 1, lane, dS_full, dS_empty, S_full,
                                         S_empty, step,
                                     )  # fmt: skip
                                     sum_inner(inside, lane)
                                     head = group * ratio + member
-                                    inside[0] *= T.exp2(gates[place[BASE] + c, head, 0, C - 1] * LOG2E)
+                                    inside[0] *= T.exp2(gates[here(place[BASE] + c), head, 0, C - 1] * LOG2E)
                                     wait(sums_full, 0, step % 2)
                                     # tokens `lane` and `lane + 32`: [0] summed from the end, [1] from the start
                                     low[0] = low_s[lane] + low_s[lane + C]

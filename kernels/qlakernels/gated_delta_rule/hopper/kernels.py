@@ -6,7 +6,6 @@ needs five kernels whatever its batches look like.
 
 from qlakernels.compiled import UNIFORM_WARPGROUPS, add_kernels
 
-MOST_VALUES = 128  # of a head, in `gradients`
 MAKERS = {
     "boundaries": "boundaries.boundaries_kernel",
     "decay": "reach.decay_kernel",
@@ -20,7 +19,6 @@ MAKERS = {
     "forward": "forward.forward_kernel",
     "reverse": "reverse.reverse_kernel",
     "gradients": "gradients.gradients_kernel",
-    "gradients_wide": "gradients_wide.gradients_kernel",
     "gate_gradients": "gate_gradients.gate_gradients_kernel",
 }
 
@@ -34,11 +32,11 @@ IN_SEGMENTS = [name + suffix for name in ("prepare", "segments", "stitch") for s
 add_kernels(
     __name__,
     MAKERS,
-    pass_configs=dict.fromkeys(("forward", "reverse", "gradients_wide"), SHORT)
+    pass_configs=dict.fromkeys(("forward", "reverse"), SHORT)
     | {"gradients": SHORT | {UNIFORM_WARPGROUPS: True}}
     | dict.fromkeys(IN_SEGMENTS, BY_HAND),
     host=("operator", "constants", "resources"),
-    slowest=("gradients", "gradients_wide"),
+    slowest=("gradients",),
 )
 
 
@@ -56,8 +54,7 @@ def specialisations(
     needed = {"boundaries": ("boundaries",), "forward": ("forward", *scan, keep)}
     if keep:
         needed["reverse"] = ("reverse", *scan)
-        gradients = "gradients" if value_dim <= MOST_VALUES else "gradients_wide"
-        needed["gradients"] = (gradients, key_dim, value_dim, dtype, l2norm)
+        needed["gradients"] = ("gradients", key_dim, value_dim, dtype, l2norm)
         if gate or sigmoid:
             needed["gate_gradients"] = ("gate_gradients", gate, sigmoid, raw_dtype, beta_dtype)
     if cut:
