@@ -11,10 +11,12 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Collection, Iterable
-from concurrent.futures import ThreadPoolExecutor, as_completed
+import tempfile
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import closing, suppress
 from functools import cache
 from pathlib import Path
 from threading import Lock
@@ -149,34 +151,60 @@ def _load_library(path: Path) -> Callable:
 
 
 def _compile_all(keys: list[tuple]) -> None:
-    """One kernel here, the others in processes, as half of a compilation is Python and holds its lock."""
+    """By a process that imports tilelang once and becomes as many as there are cores; here where there is no Python to
+    start."""
     keys = sorted(keys, key=lambda key: key[0] not in _slowest)
-    aside = keys[1:] if sys.executable else []
-    here = keys[: len(keys) - len(aside)]
     with (
-        ThreadPoolExecutor(min(len(keys), len(os.sched_getaffinity(0)))) as pool,
         tqdm(desc="compiling Hopper kernels", total=len(keys), delay=2.0, unit="kernel") as progress,
+        closing(_compile_aside(keys) if sys.executable else _compile_here(keys)) as done,
     ):
-        done = [pool.submit(_compile_in_process, key) for key in aside]
-        done += [pool.submit(_compile_here, key) for key in here]
-        for future in as_completed(done):
-            future.result()
+        for number, error in done:
+            if error:
+                raise RuntimeError(f"the kernel {keys[number]} does not compile: {error}")
             progress.update()
 
 
-def _compile_here(key: tuple) -> None:
-    try:
-        from qlakernels.compiling import compile_into_cache
+def _compile_here(keys: list[tuple]) -> Iterator[tuple[int, str | None]]:
+    """The number of each kernel once it is in the cache, and what was wrong if it is not."""
+    from qlakernels.compiling import try_to_compile
 
-        compile_into_cache(key)
-    except Exception as error:
-        raise RuntimeError(f"the kernel {key} does not compile: {type(error).__name__}: {error}") from error
+    for number, key in enumerate(keys):
+        yield number, try_to_compile(key)
 
 
-def _compile_in_process(key: tuple) -> None:
-    variables = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    command = [sys.executable, "-m", "qlakernels.compiling", maker_of(key).known_by, json.dumps(key)]
-    done = subprocess.run(command, env=variables, capture_output=True, text=True)
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or ["no message"]
-        raise RuntimeError(f"the kernel {key} does not compile: {lines[-1]}")
+def _compile_aside(keys: list[tuple]) -> Iterator[tuple[int, str | None]]:
+    """As `_compile_here`, in any order."""
+    # No devices: what has been forked may not use them, and a compilation does not.
+    variables = os.environ | {
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    wanted = [(maker_of(key).known_by, key) for key in keys]
+    reading, writing = os.pipe()
+    with open(reading) as reports, tempfile.TemporaryFile("w+") as said, tempfile.TemporaryFile("w+") as wanted_file:
+        json.dump(wanted, wanted_file)
+        wanted_file.seek(0)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "qlakernels.compiling", str(writing)],
+            env=variables,
+            stdin=wanted_file,
+            stdout=said,
+            stderr=said,
+            pass_fds=(writing,),
+            process_group=0,
+        )
+        os.close(writing)
+        try:
+            reported = 0
+            for line in reports:
+                reported += 1
+                yield tuple(json.loads(line))
+            if process.wait() or reported < len(keys):
+                said.seek(0)
+                lines = said.read().strip().splitlines() or [f"it ended with {process.returncode} and no message"]
+                raise RuntimeError(f"the process that compiles kernels failed: {lines[-1]}")
+        finally:
+            if process.poll() is None:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGTERM)
+                process.wait()

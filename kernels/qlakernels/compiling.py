@@ -1,10 +1,13 @@
-"""How a kernel is compiled, with tilelang and nvcc, no GPU.
+"""How kernels are compiled, with tilelang and nvcc, no GPU.
 
-    python -m qlakernels.compiling MODULE KEY
+    python -m qlakernels.compiling FD < KERNELS
 
-compiles one into the cache: the module that makes it known, its key as JSON.
+compiles some into the cache, as many at once as there are cores. KERNELS is a list of pairs in JSON: the module that
+makes a kernel known, its key. To the descriptor FD goes a line for each as it is done, [its number, null or what was
+wrong].
 """
 
+import gc
 import importlib
 import json
 import logging
@@ -89,7 +92,54 @@ def _uniform_warpgroups(wanted: bool) -> Iterator[None]:
         TensorCoreIntrinEmitter.get_thread_binding = own
 
 
+MOST_OF_AN_ERROR = 500  # characters
+
+
+def try_to_compile(key: tuple) -> str | None:
+    """What went wrong, in a line, if anything did: of a message of many lines, such as nvcc's, the ends."""
+    try:
+        compile_into_cache(key)
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        return f"{type(error).__name__}: {' ... '.join(dict.fromkeys((lines[0], lines[-1])))}"
+    return None
+
+
+def compile_in_forks(wanted: list[tuple[str, tuple]], reports: int) -> None:
+    """A process for each kernel, which has tilelang from this one: its import takes as long as a small kernel.
+
+    Nothing here has threads of its own at work, nor devices.
+    """
+    for module in dict.fromkeys(module for module, _ in wanted):
+        importlib.import_module(module)
+    gc.freeze()
+    at_once, running = len(os.sched_getaffinity(0)), {}
+    for number, (_, key) in enumerate(wanted):
+        if len(running) == at_once:
+            _await_one(running, reports)
+        pid = os.fork()
+        if pid == 0:
+            try:
+                _report(reports, number, try_to_compile(key))
+            finally:
+                os._exit(0)
+        running[pid] = number
+    while running:
+        _await_one(running, reports)
+
+
+def _await_one(running: dict[int, int], reports: int) -> None:
+    pid, status = os.wait()
+    number = running.pop(pid)
+    if os.waitstatus_to_exitcode(status):  # it was killed, and could not say so
+        _report(reports, number, f"its process ended with {os.waitstatus_to_exitcode(status)}")
+
+
+def _report(reports: int, number: int, error: str | None) -> None:
+    """In one write, which those of other processes stay out of."""
+    os.write(reports, (json.dumps([number, error and error[:MOST_OF_AN_ERROR]]) + "\n").encode())
+
+
 if __name__ == "__main__":
-    module, key = sys.argv[1:]
-    importlib.import_module(module)
-    compile_into_cache(tuple(json.loads(key)))
+    pairs = [(module, tuple(key)) for module, key in json.load(sys.stdin)]
+    compile_in_forks(pairs, int(sys.argv[1]))

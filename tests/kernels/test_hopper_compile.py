@@ -9,7 +9,7 @@ import pytest
 import z3
 
 import qlakernels.short_conv.hopper.kernels  # noqa: F401  makes its kernels known
-from qlakernels import compiling
+from qlakernels import compiled, compiling
 from qlakernels.compiled import UNIFORM_WARPGROUPS, library, load, maker_of, sources_digest
 from qlakernels.compiling import kernel
 from qlakernels.gated_delta_rule.hopper.resources import CODE_LIMITS, SPILL_LIMITS, resources, training_kernels
@@ -20,7 +20,7 @@ CASES = [(size, name) for size in SIZES for name in training_kernels(*size)]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiled(tmp_path_factory):
+def all_compiled():
     if shutil.which("nvcc") is None:
         pytest.skip("nvcc is not on the PATH: the kernels cannot be compiled here")
     load([key for size in SIZES for key in training_kernels(*size).values()])
@@ -47,11 +47,11 @@ def test_a_kernel_that_does_not_compile(monkeypatch, tmp_path):
     with pytest.raises(RuntimeError, match=r"the kernel \('reach', 1, 2\) does not compile: TypeError: "):
         load([("reach", 1, 2)])
     with pytest.raises(RuntimeError, match=r"the kernel \('decay', 2\) does not compile: TypeError: "):
-        load([("reach", True), ("decay", 2)])  # the last of them in a process of its own
+        load([("reach", True), ("decay", 2)])
 
 
 def test_what_was_compiled_is_found(monkeypatch, tmp_path):
-    """In the cache, by a process that has not compiled it, and imports no compiler."""
+    """In the cache, by a process that has not compiled it; neither that nor the one that asked imports a compiler."""
     monkeypatch.setenv("TILELANG_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
     script = """if True:
@@ -63,9 +63,47 @@ def test_what_was_compiled_is_found(monkeypatch, tmp_path):
         import tilelang  # both ways to its runtime, in one process
         print(tilelang.__version__ is not None, callable(compiled.launcher(("reach", False))))
     """
-    for there, imported in ((False, True), (True, False)):
+    for there in (False, True):
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-        assert done.stdout.split("\n")[:2] == [f"{there} True {imported}", "True True"]
+        assert done.stdout.split("\n")[:2] == [f"{there} True False", "True True"]
+
+
+def test_compiling_without_a_python_to_start(monkeypatch, tmp_path):
+    """As where Python is part of another program."""
+    monkeypatch.setattr("tilelang.env.TILELANG_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TILELANG_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(sys, "executable", "")
+    monkeypatch.setattr(compiled, "_functions", {})
+    load([("reach", True)])
+    assert library(("reach", True)).exists()
+    with pytest.raises(RuntimeError, match=r"the kernel \('decay', 2\) does not compile: TypeError: "):
+        load([("decay", 2)])
+
+
+def test_a_compilation_that_is_killed(monkeypatch, tmp_path):
+    """Cannot say so; the process that started it does."""
+    script = """if True:
+        import os, signal, sys
+        from qlakernels import compiling
+        def dies(key):
+            os.kill(os.getpid(), signal.SIGKILL)
+        compiling.try_to_compile = dies
+        compiling.compile_in_forks([("qlakernels.gated_delta_rule.hopper.kernels", ("reach", True))] * 2, 1)
+    """
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert sorted(done.stdout.split("\n")[:2]) == [f'[{n}, "its process ended with -9"]' for n in (0, 1)]
+
+
+def test_a_compiler_that_does_not_start(monkeypatch, tmp_path):
+    monkeypatch.setenv("TILELANG_CACHE_DIR", str(tmp_path))
+    (tmp_path / "tilelang.py").write_text("raise ImportError('libcuda.so is missing')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(compiled, "_functions", {})
+    with pytest.raises(
+        RuntimeError, match=r"the process that compiles kernels failed: ImportError: libcuda.so is miss"
+    ):
+        load([("reach", True)])
 
 
 def test_the_prover_is_left_as_it_was():
