@@ -26,6 +26,7 @@ from tilelang.cuda.intrinsics.macro.wgmma_macro_generator import TensorCoreIntri
 from qlakernels.compiled import UNIFORM_WARPGROUPS, library, maker_of
 
 TARGET = {"kind": "cuda", "arch": "sm_90a"}
+MOST_OF_AN_ERROR = 500  # characters, of which a report is one write to its pipe
 
 # tilelang asks Z3 nearly 20,000 questions for our largest kernel and learns nothing from all but ten of the answers.
 # The older simplex of Z3 gives the same answers in two thirds of the time: 4 s of 26 for that kernel.
@@ -90,9 +91,6 @@ def _uniform_warpgroups(wanted: bool) -> Iterator[None]:
         yield
     finally:
         TensorCoreIntrinEmitter.get_thread_binding = own
-
-
-MOST_OF_AN_ERROR = 500  # characters
 
 
 def try_to_compile(key: tuple) -> str | None:

@@ -80,7 +80,7 @@ def test_compiling_without_a_python_to_start(monkeypatch, tmp_path):
         load([("decay", 2)])
 
 
-def test_a_compilation_that_is_killed(monkeypatch, tmp_path):
+def test_a_compilation_that_is_killed(monkeypatch):
     """Cannot say so; the process that started it does."""
     script = """if True:
         import os, signal, sys

@@ -477,44 +477,6 @@ def make_N(
 
 
 @T.macro
-def sum_over_tokens(low, high, moved, lane):
-    """Sums over a chunk's tokens, by a warp: low and high, local float32 [2], are of the tokens `lane` and `lane + 32`.
-
-    low[0], high[0] ← their sum over the same half's tokens from this one on, low[1], high[1] ← over those up to it;
-    moved, a local float32 [4] ← what the other half adds to low[0] and to high[1], and low[1] and high[1] of the token
-    before, which the sums that stop there end with.
-    """
-    for power in T.unroll(5):
-        moved[0] = T.shfl_down(low[0], 1 << power)
-        moved[1] = T.shfl_down(high[0], 1 << power)
-        moved[2] = T.shfl_up(low[1], 1 << power)
-        moved[3] = T.shfl_up(high[1], 1 << power)
-        if lane + (1 << power) < 32:
-            low[0] += moved[0]
-            high[0] += moved[1]
-        if lane >= (1 << power):
-            low[1] += moved[2]
-            high[1] += moved[3]
-    moved[0] = T.shfl_sync(high[0], 0)
-    moved[1] = T.shfl_sync(low[1], 31)
-    moved[2] = T.shfl_up(low[1], 1)
-    moved[3] = T.shfl_up(high[1], 1)
-    if lane == 0:
-        moved[2] = 0.0
-        moved[3] = 0.0
-
-
-@T.macro
-def store_dg(dg, first, left, head, low, high, inside, moved, lane):
-    """dg of a chunk's `left` tokens from `first` on, after `sum_over_tokens`: what is summed from a token on, what is
-    summed before it, and inside[0]."""
-    if lane < left:
-        dg[first + lane, head] = low[0] + moved[0] + inside[0] + moved[2]
-    if lane + 32 < left:
-        dg[first + lane + 32, head] = high[0] + inside[0] + moved[1] + moved[3]
-
-
-@T.macro
 def serve_gates(
     vec, lane, g_now, beta_now, loaded_g, loaded_beta, x, g, beta, A_log, dt_bias, start, length, chunks, head,
     beta_factor, k_empty, gates_full, gate, sigmoid, reverse, gates, slot,

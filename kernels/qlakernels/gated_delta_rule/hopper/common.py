@@ -17,7 +17,7 @@ from tilelang.cuda.intrinsics.macro.wgmma_macro_generator import (
 from tilelang.layout import Fragment, make_full_bank_swizzled_layout, make_half_bank_swizzled_layout
 from tvm import DataType
 
-from qlakernels.gated_delta_rule.hopper.sizes import CHUNK, PIECE, STATE_STRIDE
+from qlakernels.gated_delta_rule.hopper.sizes import CHUNK, PIECE
 
 if tilelang.__version__.startswith("0.1.15"):
     # It fences the accumulators of all warpgroups in each of them, which reads past the end of a thread's registers
@@ -123,14 +123,6 @@ def locate(cu_seqlens, documents, slot, steps, stride, place):
     place[FIRST] = place[2] + place[1] * stride
     place[LEFT] = cu_seqlens[place[0] + 1] - place[FIRST]
     place[BASE] = place[2] // CHUNK + place[0] + place[1] * (stride // CHUNK)
-
-
-@T.macro
-def take_item(cu_seqlens, documents, item, groups, steps, slot: T.Ref, group: T.Ref, place):
-    """What a persistent block takes: slot ← that of STATE_STRIDE tokens, group ← the key head, place as `locate`."""
-    slot = item // groups
-    group = item % groups  # noqa: F841
-    locate(cu_seqlens, documents, slot, steps, STATE_STRIDE, place)
 
 
 LENGTH, OPENS, CLOSES = 1, 2, 6  # what `take_segment` leaves in `place` besides

@@ -58,7 +58,7 @@ from tilelang.layout import (
     make_quarter_bank_swizzled_layout,
 )
 
-from qlakernels.gated_delta_rule.hopper.chunk import FAR, multiply, store_dg, sum_over_tokens
+from qlakernels.gated_delta_rule.hopper.chunk import FAR, multiply
 from qlakernels.gated_delta_rule.hopper.common import (
     BASE,
     BETA_MIN,
@@ -72,8 +72,8 @@ from qlakernels.gated_delta_rule.hopper.common import (
     exp2,
     folds_decay,
     load_tail,
+    locate,
     release_tiles,
-    take_item,
     wait,
     weight_of_W,
 )
@@ -98,6 +98,44 @@ __device__ __forceinline__ void fetch(const void* line) { asm volatile("prefetch
 VECTORS = 13
 TOTAL, SHIFTED, COLUMN, ROW_E, BETA, BAR, OMEGA = range(7)
 ROWS_P, ROWS_Y, SQUARES = 7, 9, 11  # each a vector of the queries' rows and one of the keys'
+
+
+@T.macro
+def take_item(cu_seqlens, documents, item, groups, steps, slot: T.Ref, group: T.Ref, place):
+    """What a persistent block takes: slot ← that of STATE_STRIDE tokens, group ← the key head, place as `locate`."""
+    slot = item // groups
+    group = item % groups  # noqa: F841
+    locate(cu_seqlens, documents, slot, steps, STATE_STRIDE, place)
+
+
+@T.macro
+def store_dg(dg, first, left, head, low, high, inside, moved, lane):
+    """dg of a chunk's `left` tokens from `first` on ← what is summed from a token on, what is summed before it, and
+    inside[0], by a warp. low and high, local float32 [2], are of the tokens `lane` and `lane + 32`: [0] is summed from
+    the end, [1] from the start. moved: a local float32 [4]."""
+    for power in T.unroll(5):
+        moved[0] = T.shfl_down(low[0], 1 << power)
+        moved[1] = T.shfl_down(high[0], 1 << power)
+        moved[2] = T.shfl_up(low[1], 1 << power)
+        moved[3] = T.shfl_up(high[1], 1 << power)
+        if lane + (1 << power) < 32:
+            low[0] += moved[0]
+            high[0] += moved[1]
+        if lane >= (1 << power):
+            low[1] += moved[2]
+            high[1] += moved[3]
+    # what the other half adds, and the sums that stop at the token before
+    moved[0] = T.shfl_sync(high[0], 0)
+    moved[1] = T.shfl_sync(low[1], 31)
+    moved[2] = T.shfl_up(low[1], 1)
+    moved[3] = T.shfl_up(high[1], 1)
+    if lane == 0:
+        moved[2] = 0.0
+        moved[3] = 0.0
+    if lane < left:
+        dg[first + lane, head] = low[0] + moved[0] + inside[0] + moved[2]
+    if lane + 32 < left:
+        dg[first + lane + 32, head] = high[0] + inside[0] + moved[1] + moved[3]
 
 
 def here(x):
@@ -235,8 +273,14 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
             out[0] += T.shfl_xor(out[0], 16 >> distance)
 
     @T.macro
-    def store_state(tile, at, target, worker, member, part, warp, lane):
-        """target[worker, member], this part and this consumer's half, ← what this warp has left of it in tile[at]."""
+    def store_state(state, tile, at, target, worker, member, part, warp, lane):
+        """target[worker, member], this part and this consumer's half, ← the state, each warp's own through tile[at]."""
+        for i, j in T.Parallel(width, K):
+            tile[
+                at, i if width == 2 * C else j // half * C + i,
+                j % half if width == C else j // half * 64 + j % half,
+            ] = state[i, j]  # fmt: skip
+        T.call_extern("handle", "__syncwarp")
         for atom in T.unroll(width // 64):
             for n in T.unroll(half // 16):
                 row = atom * 64 + warp % 4 * 16 + (n * 32 + lane) // (half // PIECE)
@@ -342,7 +386,7 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
             low_s = T.alloc_shared((2 * C,), "float32")  # what dg is of, summed over either half of the columns
             e_s = T.alloc_shared((2 * C,), "float32")
             squares_s = T.alloc_shared((2, 2 * C), "float32")
-            inner_s = T.alloc_shared((2,), "float32")
+            inner_s = T.alloc_shared((1,), "float32")
 
             # the consumers'
             dQ, dK, A, B = (T.alloc_fragment((C, K), "float32") for _ in range(4))
@@ -485,13 +529,7 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
                                     T.warpgroup_fence_operand(state, num_regs=width * K // 256)
                                     wait(repaired, 0, step % 2)
                                     if c + 1 < per_item and left > C:
-                                        for i, j in T.Parallel(width, K):
-                                            X_s[
-                                                stage, i if width == 2 * C else j // half * C + i,
-                                                j % half if width == C else j // half * 64 + j % half,
-                                            ] = state[i, j]  # fmt: skip
-                                        T.call_extern("handle", "__syncwarp")
-                                        store_state(X_s, stage, scratch, worker, member, 0, warp, thread % 32)
+                                        store_state(state, X_s, stage, scratch, worker, member, 0, warp, thread % 32)
                                     release_tiles()
                                     if member < ratio - 1:
                                         arrive(rows_empty, stage)
@@ -537,10 +575,9 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
                                         wait(repaired, 0, step % 2)
                                         T.sync_threads(1, consumers)  # these rows of X_s have been read
                                         if c + 1 < per_item and left > C:
-                                            for i, j in T.Parallel(width, K):
-                                                X_s[row, j // half * C + i, j % half] = state[i, j]
-                                            T.call_extern("handle", "__syncwarp")
-                                            store_state(X_s, row, scratch, worker, member, part, warp, thread % 32)
+                                            store_state(
+                                                state, X_s, row, scratch, worker, member, part, warp, thread % 32
+                                            )
                                         release_tiles()
                                         if member < ratio - 1 or part < parts - 1:
                                             arrive(rows_empty, row)
@@ -623,7 +660,8 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
                         first = place[FIRST]
                         member_of_rows = 0
                         for at_turn in T.serial(T.if_then_else(count > 0, count + 1, 0)):
-                            for part in T.unroll(2) if parts == 1 else T.serial(parts + 1):
+                            # a loop of one part is unrolled: rolled, it spills what it keeps
+                            for part in T.unroll(parts + 1) if parts == 1 else T.serial(parts + 1):
                                 if at_turn > 0 and part < parts:
                                     now = (step - 1) * parts + part
                                     chunk_of_item = (last_first - place[FIRST]) // C
@@ -774,7 +812,6 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
                                     head = group * ratio + member
                                     inside[0] *= T.exp2(gates[here(place[BASE] + c), head, 0, C - 1] * LOG2E)
                                     wait(sums_full, 0, step % 2)
-                                    # tokens `lane` and `lane + 32`: [0] summed from the end, [1] from the start
                                     low[0] = low_s[lane] + low_s[lane + C]
                                     high[0] = low_s[lane + 32] + low_s[lane + 32 + C]
                                     low[1] = e_s[lane] + e_s[lane + C]
@@ -782,7 +819,6 @@ def gradients_kernel(key_dim, value_dim, dtype, l2norm):
                                     inside[0] += inner_s[0]
                                     release_tiles()
                                     arrive(sums_empty, 0)
-                                    sum_over_tokens(low, high, moved, lane)
                                     store_dg(dg, first, left, head, low, high, inside, moved, lane)
                                     step += 1
 
